@@ -1,0 +1,135 @@
+"""Methods: one file each, found by file name, imported when first used.
+
+A method is a frozen pydantic model whose fields are its options:
+
+    @method(kind="token_weights", name="gift", paper="2605.01256", summary="...")
+    class Gift(TokenWeights):
+        power: float = Field(1.0, description="Exponent of the confidence.")
+
+In a recipe it is written `gift` or `{method: gift, power: 2.0}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from guidetune.errors import BadInput
+
+# kind -> package whose modules are its methods. A new kind is one row here; a new method is only its own file.
+KINDS: dict[str, str] = {
+    "operation": "guidetune.data.operations",
+    "params": "guidetune.params",
+    "token_weights": "guidetune.objectives.token_weights",
+    "task": "guidetune.evaluation.tasks",
+}
+
+
+class Method(BaseModel):
+    """Base of every method: immutable, unknown options refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    paper: ClassVar[str | None] = None
+    summary: ClassVar[str] = ""
+
+    def spec(self) -> dict[str, Any]:
+        """The method as it stands in a resolved recipe: its name and every option."""
+        return {"method": self.name, **self.model_dump(mode="json")}
+
+
+M = TypeVar("M", bound=type[Method])
+_loaded: dict[tuple[str, str], type[Method]] = {}
+
+
+def method(*, kind: str, name: str, summary: str, paper: str | None = None) -> Callable[[M], M]:
+    """Register a class as the method `name` of `kind`; `paper` is an arXiv id or None."""
+
+    def register(cls: M) -> M:
+        cls.kind, cls.name, cls.paper, cls.summary = kind, name, paper, summary
+        _loaded[kind, name] = cls
+        return cls
+
+    return register
+
+
+@cache
+def names(kind: str) -> list[str]:
+    """Names of all methods of a kind, from the file names alone (nothing is imported)."""
+    if kind not in KINDS:
+        raise BadInput(f"unknown kind of method {kind!r}; there are: {', '.join(KINDS)}")
+    spec = find_spec(KINDS[kind])
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    found = [m.name for m in pkgutil.iter_modules(list(spec.submodule_search_locations)) if not m.name.startswith("_")]
+    return sorted(found)
+
+
+def get(kind: str, name: str) -> type[Method]:
+    """The class of a method; BadInput with the nearest name when there is none."""
+    if (kind, name) in _loaded:
+        return _loaded[kind, name]
+    if name not in names(kind):
+        raise BadInput(f"unknown {kind} {name!r}{nearest(name, names(kind))}")
+    import_module(f"{KINDS[kind]}.{name}")
+    if (kind, name) not in _loaded:
+        raise RuntimeError(f"{KINDS[kind]}.{name} does not register a {kind} named {name!r}")
+    return _loaded[kind, name]
+
+
+def build(kind: str, spec: str | Mapping[str, Any] | Method) -> Any:
+    """An instance from `name`, `{method: name, **options}` or an instance; all option errors at once as BadInput."""
+    if isinstance(spec, Method):
+        if spec.kind != kind:
+            raise BadInput(f"{spec.name!r} is a {spec.kind}, not a {kind}")
+        return spec
+    if isinstance(spec, str):
+        spec = {"method": spec}
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("method"), str):
+        raise BadInput(f"a {kind} is written as its name or as {{method: name, option: value}}, not {spec!r}")
+    cls = get(kind, spec["method"])
+    options = {k: v for k, v in spec.items() if k != "method"}
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        raise BadInput(option_problems(cls, error)) from None
+    except TypeError:
+        raise BadInput(f"{kind} {spec['method']!r}: option names must be strings, got {list(options)}") from None
+
+
+def option_problems(cls: type[BaseModel], error: ValidationError) -> list[str]:
+    """One line for each option that does not fit."""
+    label = getattr(cls, "name", cls.__name__) or cls.__name__
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{label}: unknown option {where!r}{nearest(where, list(cls.model_fields))}")
+        else:
+            given = "" if fault["type"] == "missing" else f" = {fault['input']!r}"
+            lines.append(f"{label}: {where}{given}: {fault['msg']}")
+    return lines
+
+
+def nearest(word: str, among: list[str]) -> str:
+    """` (did you mean 'x'?)`, or the list of what there is."""
+    close = difflib.get_close_matches(str(word), among, n=1, cutoff=0.55)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (there are: {', '.join(among)})" if among else ""
+
+
+def source_file(cls: type[Method]) -> Path:
+    """The file that defines a method (its digest is the method's code version)."""
+    import inspect
+
+    return Path(inspect.getfile(cls))

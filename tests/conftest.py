@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The larger real data sets beside a development checkout; tests that need them are skipped elsewhere."""
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / "SOURCES.md").is_file():
+        pytest.skip("the larger real data files are not beside this checkout (../shared/data)")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests run two at a time on two cores: more threads would only fight."""
+    import torch
+
+    torch.set_num_threads(1)
