@@ -117,7 +117,9 @@ def assemble(data: EncodedRows, rows: np.ndarray, layout: Layout, device: torch.
     )
 
 
-def sorted_batches(data: EncodedRows, indices: np.ndarray, max_tokens: int, layout: Layout, device: torch.device | str) -> Iterator[MicroBatch]:
+def sorted_batches(
+    data: EncodedRows, indices: np.ndarray, max_tokens: int, layout: Layout, device: torch.device | str
+) -> Iterator[MicroBatch]:
     """Micro-batches over `indices`, for passes without an optimiser (guidance, validation)."""
     for group in micro_batches(indices, data.lengths, max_tokens, layout):
         yield assemble(data, group, layout, device)

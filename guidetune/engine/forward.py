@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from guidetune.models.architecture import Parts, check_head, parts, plain
 class Forward:
     """-log p of a micro-batch's targets. Use inside `with opened(model, ...) as forward`."""
 
-    def __init__(self, model: nn.Module, layout: Layout, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, autocast: torch.dtype | None = None, exact_head: bool = False) -> None:
         self.model, self.layout, self.autocast = model, layout, autocast
         self.head: Parts = parts(model)
+        if exact_head and self.head.weight.dtype.itemsize < 4:
+            self.head = replace(self.head, weight=self.head.weight.float())
         self.device = self.head.weight.device
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
@@ -57,8 +60,12 @@ class Forward:
 
 
 @contextmanager
-def opened(model: nn.Module, layout: Layout | None = None, autocast: torch.dtype | None = None) -> Iterator[Forward]:
+def opened(
+    model: nn.Module, layout: Layout | None = None, autocast: torch.dtype | None = None, exact_head: bool = False
+) -> Iterator[Forward]:
     """Prepare a model for padding-free passes (padded where its architecture does not allow it), check its head, restore it after.
+
+    `exact_head`: logits in fp32 also where the weights are held in 16 bits (a bf16 logit has two to three digits).
 
     Raises:
         BadInput: the head is not one the fused routine can serve.
@@ -69,4 +76,4 @@ def opened(model: nn.Module, layout: Layout | None = None, autocast: torch.dtype
     with ExitStack() as stack:
         if chosen == "varlen":
             stack.enter_context(attention.installed(inner))
-        yield Forward(model, chosen, autocast)
+        yield Forward(model, chosen, autocast, exact_head)

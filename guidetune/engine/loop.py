@@ -57,7 +57,9 @@ class Objective:
         }
         for name, values in teachers.items():
             if len(values) != len(batch.targets):
-                raise BadInput(f"guidance of teacher {name!r} has {len(values)} tokens for {len(batch.targets)} targets: it belongs to other rows")
+                raise BadInput(
+                    f"guidance of teacher {name!r} has {len(values)} tokens for {len(batch.targets)} targets: it belongs to other rows"
+                )
         stops = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=device)
         return TokenBatch(batch.targets, batch.row, torch.isin(batch.targets, stops), -nll.detach(), teachers)
 
@@ -95,12 +97,13 @@ def fit(
     objective: Objective | None = None,
     *,
     work: Path,
+    metrics: Path | None = None,
     validation: EncodedRows | None = None,
     autocast: torch.dtype | None = None,
     label: str = "tune",
     stop: Callable[[int], bool] | None = None,
 ) -> FitResult:
-    """Train `attached` on `rows`; checkpoints and metrics.jsonl go to `work`, and a run found there goes on.
+    """Train `attached` on `rows`; checkpoints go to `work`, and a run found there goes on. Metrics go to `metrics` (work/metrics.jsonl).
 
     The loss of an optimiser batch is Σ c ℓ / D over all its micro-batches (see `objectives.reduce`): gradients of Σ c ℓ are
     summed first and divided by D once.
@@ -119,7 +122,7 @@ def fit(
     optimiser = torch.optim.AdamW(attached.param_groups(settings.lr, settings.weight_decay), betas=settings.betas, fused=True)
     cursor = load_checkpoint(work, params, optimiser)
     state = _State(**cursor) if cursor else _State(signal=np.zeros((len(SIGNAL_EDGES) - 1, 2)).tolist())
-    metrics = _Metrics(work / METRICS, state.step)
+    log = _Metrics(metrics or work / METRICS, state.step)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         if attached.model.get_input_embeddings().weight.requires_grad is False:
@@ -131,13 +134,13 @@ def fit(
 
     def keep() -> None:
         state.seconds = began + time.monotonic() - mark
-        metrics.flush()
+        log.flush()
         save_checkpoint(work, params, optimiser, state.__dict__)
 
     try:
         with opened(model, layout, autocast) as forward, progress(label, steps, "steps", state.step) as bar:
             if validation is not None and state.step == 0:
-                _validate(forward, validation, settings, state, metrics)
+                _validate(forward, validation, settings, state, log)
             while state.step < steps:
                 start = time.monotonic()
                 lr = rate(settings, state.step, steps)
@@ -148,7 +151,9 @@ def fit(
                     penalty.backward()
                 norm = _gradient_norm(trainable)
                 if not math.isfinite(norm):
-                    raise RunFailed(f"step {state.step + 1}: the gradient is not finite; rows: {', '.join(rows.ids[i] for i in indices[:8])}")
+                    raise RunFailed(
+                        f"step {state.step + 1}: the gradient is not finite; rows: {', '.join(rows.ids[i] for i in indices[:8])}"
+                    )
                 if settings.clip and norm > settings.clip:
                     torch._foreach_mul_([p.grad for p in trainable if p.grad is not None], settings.clip / norm)
                 for group in optimiser.param_groups:
@@ -162,7 +167,7 @@ def fit(
                 state.loss_first = loss if state.loss_first is None else state.loss_first
                 state.loss_last = loss
                 spent = time.monotonic() - start
-                metrics.add(
+                log.add(
                     step=state.step,
                     epoch=round(state.step / per_epoch, 4),
                     loss=loss,
@@ -173,15 +178,17 @@ def fit(
                     seconds=round(began + time.monotonic() - mark, 3),
                 )
                 bar.advance(1, loss=loss, **{"tok/s": int(tokens / max(spent, 1e-9))})
-                if validation is not None and (state.step == steps or (settings.validate_every and state.step % settings.validate_every == 0)):
-                    _validate(forward, validation, settings, state, metrics)
+                if validation is not None and (
+                    state.step == steps or (settings.validate_every and state.step % settings.validate_every == 0)
+                ):
+                    _validate(forward, validation, settings, state, log)
                 every = settings.checkpoint_every
                 if (every and state.step % every == 0) or (not every and time.monotonic() - saved > CHECKPOINT_SECONDS):
                     keep()
                     saved = time.monotonic()
                 if stop is not None and stop(state.step):
                     break
-            metrics.flush()
+            log.flush()
     except KeyboardInterrupt:
         keep()
         raise
@@ -273,11 +280,11 @@ def _shares(signal: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def _validate(forward: Forward, data: EncodedRows, settings: TuneSettings, state: _State, metrics: _Metrics) -> None:
+def _validate(forward: Forward, data: EncodedRows, settings: TuneSettings, state: _State, log: _Metrics) -> None:
     total, count = forward.total_nll(data, settings.micro_tokens)
     entry = {"step": state.step, "validation_loss": total / max(count, 1)}
     state.validation.append(entry)
-    metrics.add(**entry)
+    log.add(**entry)
 
 
 class _Metrics:

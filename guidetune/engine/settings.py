@@ -22,7 +22,9 @@ class TuneSettings(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
     seed: int = Field(42, ge=0, description="Seed of data order, adapter initialisation and dropout.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Weights of the frozen model; auto: bfloat16 where the processor has it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Weights of the frozen model; auto: bfloat16 where the processor has it."
+    )
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="varlen: no padding, documents isolated; padded: classic.")
     micro_tokens: int = Field(4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")

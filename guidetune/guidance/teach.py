@@ -28,7 +28,9 @@ class GuideSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Teacher weights; auto: as the engine chooses. The softmax is always fp32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Teacher weights; auto: as the engine chooses. The softmax is always fp32."
+    )
     batch_tokens: int = Field(8192, ge=1, description="Tokens in one forward pass: memory and speed, not the result.")
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="As in tune.")
 
@@ -59,7 +61,7 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
         tokens = int(rows.lengths.sum())
         with (
             torch.inference_mode(),
-            opened(model, layout) as forward,
+            opened(model, layout, exact_head=True) as forward,
             progress(label, tokens, "tok", int(rows.lengths[:done].sum())) as bar,
         ):
             for first in range(done, len(rows), CHUNK_ROWS):

@@ -5,6 +5,7 @@ A `Params` describes; `attach(model)` gives an `Attached`: the model to run, its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROVENANCE = "guidetune.json"
+
+
+def readable(folder: Path) -> None:
+    """Give weight files the rights of ordinary new files: safetensors writes them readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 class Params(Method):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, field_validator
 
 from guidetune.errors import BadInput
-from guidetune.params import Attached, Params
+from guidetune.params import Attached, Params, readable
 from guidetune.registry import method
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class FullAttached(Attached):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder))
+        readable(folder)
 
     def load(self, folder: Path) -> None:
         import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from guidetune.errors import BadInput
-from guidetune.params import Attached, Params
+from guidetune.params import Attached, Params, readable
 from guidetune.registry import method
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class LoraAttached(Attached):
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+        readable(folder)
 
     def load(self, folder: Path) -> None:
         from peft import set_peft_model_state_dict

@@ -209,7 +209,9 @@ def test_full_tuning_gradients_equal_textbook(tied: bool) -> None:
     close(got, {name: p.grad for name, p in attached.trainable().items()}, 2e-6)
 
 
-def run_fit(work: Path, settings: TuneSettings, seed: int = 0, stop=None, dropout: float = 0.1) -> tuple[FitResult, dict[str, torch.Tensor]]:
+def run_fit(
+    work: Path, settings: TuneSettings, seed: int = 0, stop=None, dropout: float = 0.1
+) -> tuple[FitResult, dict[str, torch.Tensor]]:
     work.mkdir(exist_ok=True)
     rows = make_rows(20)
     attached = lora(tiny_model("llama", vocab=VOCAB, seed=seed), dropout=dropout, warm=False)

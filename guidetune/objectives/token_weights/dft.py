@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@method(kind="token_weights", name="dft", paper="2508.05629", summary="Weight each target token by the tuned model's own probability of it.")
+@method(
+    kind="token_weights", name="dft", paper="2508.05629", summary="Weight each target token by the tuned model's own probability of it."
+)
 class Dft(TokenWeights):
     """w_t = sg(p_θ(y_t)), recomputed at every step; the loss is Σ w ℓ / N (arXiv 2508.05629)."""
 

@@ -28,7 +28,9 @@ class Gift(TokenWeights):
 
     power: float = Field(1.0, ge=0, allow_inf_nan=False, description="Exponent γ of the confidence; 0 is plain fine-tuning.")
     floor: float = Field(1e-4, ge=0, le=1, description="Smallest confidence used.")
-    eos_weight: Literal["teacher"] | float = Field("teacher", description="`teacher`: stop tokens weigh like any other; a number: that weight (the release: 1.0).")
+    eos_weight: Literal["teacher"] | float = Field(
+        "teacher", description="`teacher`: stop tokens weigh like any other; a number: that weight (the release: 1.0)."
+    )
     teacher: str = Field("instruct", description="`instruct`, `base` (the paper's ablation), or any model.")
 
     @property

@@ -1,0 +1,30 @@
+"""Which precision the frozen weights are held in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Below this size a step is not dominated by its matrix products, and 16-bit weights were measured to gain nothing.
+SMALL = 20_000_000
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this device."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    if device.startswith("mps"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def frozen_dtype(asked: str, parameters: int, device: str) -> str:
+    """`auto` → bfloat16 for models that gain from it, else float32."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if parameters >= SMALL and has_bfloat16(device) else "float32"

@@ -1,0 +1,758 @@
+"""The pipeline: prepare → guide → tune → transfer → evaluate → report. Read this first.
+
+Every stage is a function of its inputs that writes one folder; a stage whose inputs have not changed is not run again. So a
+killed run continues by being started again, and the arms of a comparison share what they have in common.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guidetune import threads
+from guidetune.artefacts import StageResult, digest_file, fingerprint, finished, publish, read_json, stage, write_json, write_text_atomic
+from guidetune.errors import BadInput, RunFailed
+from guidetune.progress import say
+from guidetune.registry import source_file
+
+if TYPE_CHECKING:
+    from guidetune.data.chat import Chat
+    from guidetune.data.rows import EncodedRows
+    from guidetune.evaluation.evaluate import EvalSettings, Planned
+    from guidetune.guidance import Guidance
+    from guidetune.recipe import Evaluate, Recipe
+
+REFERENCE = "instruct"  # the arm every other is compared with
+ENGINE_VERSION = 1  # part of every tune and guide key: raise it when the same inputs give other numbers
+NOT_THE_RESULT = {"checkpoint_every", "micro_tokens", "gradient_checkpointing"}  # settings of speed and memory
+LOW_CONFIDENCE, MANY_LOW = 0.3, 0.3
+PAIR_DISTANCE_BYTES = 8_000_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ways through
+
+
+def run(recipe: Recipe, out: Path | None = None) -> Path:
+    """One arm through all stages, beside the untouched instruct model; returns the run's folder.
+
+    Raises:
+        BadInput: before anything expensive has started, with every reason.
+        RunFailed: a stage could not be finished; the same command continues.
+    """
+    from guidetune.recipe import shape
+
+    out = Path(out or Path("runs") / recipe.name)
+    arms = {} if recipe.evaluate is None or recipe.tune is None else {REFERENCE: _untuned(recipe)}
+    arms[shape(recipe)] = recipe
+    return _execute("run", recipe, arms, out, seeds=1)
+
+
+def compare(recipe: Recipe, arms: Sequence[str], out: Path | None = None, seeds: int = 1) -> Path:
+    """Several arms on equal data, budget and seeds, side by side; returns the run's folder.
+
+    An arm that fails does not stop the others; the failure is in the results, and raised at the end.
+
+    Raises:
+        BadInput: before anything expensive has started, with every reason.
+        RunFailed: some arm failed; the others' results and the report are there.
+    """
+    from guidetune.recipe import arms as arm_recipes
+
+    out = Path(out or Path("runs") / recipe.name)
+    return _execute("compare", recipe, arm_recipes(recipe, list(arms)), out, seeds)
+
+
+def demo(out: Path = Path("runs/demo")) -> Path:
+    """The main job on the embedded pair: instruct, sft, graft and gift on the world's own rows."""
+    from guidetune import world
+    from guidetune.recipe import DEFAULT_ARMS, load
+
+    threads.settle()
+    out = Path(out)
+    _check_place(out)
+    export_rows = out / "world"
+    if not (export_rows / "arithmetic.train.jsonl").is_file():
+        world.export_rows(export_rows)
+    text = (Path(world.__file__).parent / "demo.yaml").read_text(encoding="utf-8")
+    write_text_atomic(out / "demo.yaml", text)
+    return compare(load(out / "demo.yaml"), list(DEFAULT_ARMS), out)
+
+
+def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
+    threads.settle()
+    began = time.monotonic()
+    _check_place(out)
+    job = _Job(recipe, out, kind)
+    job.check(arms)
+    write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml())
+    results = job.opening()
+    failed: list[str] = []
+    job.guide_first(arms)
+    for name, arm in arms.items():
+        results["arms"][name] = _try(lambda arm=arm, name=name: job.arm(name, arm), failed, name, arm)
+    for k in range(1, seeds):
+        for name, arm in arms.items():
+            if arm.tune is not None and name not in failed:
+                again = arm.model_copy(update={"tune": arm.tune.model_copy(update={"seed": arm.tune.seed + k})})
+                entry = _try(
+                    lambda again=again, name=name, k=k: job.arm(name, again, k), failed, f"{name} (seed {arm.tune.seed + k})", again
+                )
+                results["arms"][name].setdefault("seeds", []).append({"seed": again.tune.seed, **entry})
+    job.compare_with_reference(results["arms"])
+    for entry in results["arms"].values():
+        if entry.get("seeds"):
+            entry["over_seeds"] = _over_seeds(entry)
+    results.update(job.closing())
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_json(out / "results.json", results)
+    _report(out, results)
+    if failed:
+        raise RunFailed("\n".join([*failed, f"the other arms are in {out / 'report.html'}; the same command tries again"]))
+    return out
+
+
+def _try(work: Callable[[], dict[str, Any]], failed: list[str], name: str, arm: Recipe) -> dict[str, Any]:
+    """The results of one arm, or the reason why it has none. Ctrl-C still stops everything."""
+    try:
+        return work()
+    except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError) as error:
+        if os.environ.get("GUIDETUNE_DEBUG"):
+            raise
+        text = str(error) or type(error).__name__
+        failed.append(f"arm {name} failed: {text}")
+        say(f"arm {name} failed: {text}")
+        return {"status": "failed", "error": text, "description": arm.description, "task": {}, "general": {}, "cost": {}}
+
+
+def _untuned(recipe: Recipe) -> Recipe:
+    from guidetune.recipe import arms
+
+    return arms(recipe, [REFERENCE])[REFERENCE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages of one job
+
+
+@dataclass
+class _Job:
+    """One run or comparison: what its arms share."""
+
+    recipe: Recipe
+    out: Path
+    kind: str
+    ledger: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
+    pair: dict[str, Any] = field(default_factory=dict)
+    _chat: Chat | None = None
+    _rows: dict[str, tuple[Path, EncodedRows]] = field(default_factory=dict)
+    _plans: dict[str, list[Planned]] = field(default_factory=dict)
+    _evaluated: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    _folders: dict[str, Path] = field(default_factory=dict)
+
+    # -- before anything expensive ------------------------------------------------------------------------------------
+
+    def check(self, arms: Mapping[str, Recipe]) -> None:
+        """Everything that can be known to be wrong before the first stage, all at once."""
+        problems: list[str] = []
+
+        def attempt(work: Callable[[], Any]) -> Any:
+            try:
+                return work()
+            except BadInput as error:
+                problems.extend(p for p in error.problems if p not in problems)
+                return None
+
+        self.pair = attempt(lambda: self._check_pair(arms)) or {}
+        for arm in arms.values():
+            if arm.evaluate is not None:
+                for group in ("task", "general"):
+                    attempt(lambda arm=arm, group=group: self._plan(arm, group))
+            for teacher in _teachers(arm):
+                attempt(lambda teacher=teacher: self._resolve(teacher))
+        if problems:
+            raise BadInput(problems)
+
+    def _check_pair(self, arms: Mapping[str, Recipe]) -> dict[str, Any]:
+        from guidetune.models.pair import check_pair
+        from guidetune.models.sources import resolve, weight_files
+
+        models = self.recipe.models
+        size = sum(f.stat().st_size for spec in (models.base, models.instruct) for f in weight_files(resolve(spec).path))
+        key = {"base": self._fingerprint("base"), "instruct": self._fingerprint("instruct"), "version": 1}
+        cached = self.out / ".pair.json"
+        try:
+            known = read_json(cached)
+            if known["key"] == key:
+                return known["facts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        report = check_pair(models.base, models.instruct, distance=size <= PAIR_DISTANCE_BYTES)
+        moves = any(arm.tune is not None and arm.transfer is not None and arm.tune.on != arm.transfer.into for arm in arms.values())
+        if report.problems and (moves or any(arm.tune is not None and arm.tune.weights for arm in arms.values())):
+            raise BadInput([f"{models.base} and {models.instruct} do not fit: {p}" for p in report.problems])
+        for warning in report.warnings:
+            say(f"note: {warning}")
+        write_json(cached, {"key": key, "facts": report.facts})
+        return report.facts
+
+    # -- names and models ---------------------------------------------------------------------------------------------
+
+    def _spec(self, name: str) -> str:
+        """The model behind `base`, `instruct`, or a model's own name."""
+        return getattr(self.recipe.models, name) if name in ("base", "instruct") else name
+
+    def _resolve(self, name: str) -> Any:
+        from guidetune.models.sources import resolve
+
+        return resolve(self._spec(name))
+
+    def _fingerprint(self, name: str) -> str:
+        from guidetune.models.fingerprints import fingerprint as model_fingerprint
+
+        if name not in self._prints:
+            self._prints[name] = model_fingerprint(self._spec(name))
+        return self._prints[name]
+
+    _prints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def chat(self) -> Chat:
+        """One chat format for training, guidance and evaluation: the instruct model's."""
+        if self._chat is None:
+            from guidetune.data.chat import Chat
+            from guidetune.models.loading import load_tokenizer
+
+            self._chat = Chat(load_tokenizer(self.recipe.models.instruct))
+        return self._chat
+
+    # -- prepare ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, arm: Recipe, split: str = "train") -> tuple[Path, EncodedRows]:
+        """Encoded rows of a split; arms with the same data settings share them."""
+        from guidetune.data.prepare import PrepareSettings, prepare
+        from guidetune.data.rows import EncodedRows
+
+        data = arm.data
+        specs = data.train if split == "train" else data.validation
+        settings = PrepareSettings(
+            max_length=self._max_length(arm),
+            over_length=data.over_length,
+            cut_answer=data.cut_answer,
+            max_dropped=data.max_dropped,
+            seed=arm.seed,
+        )
+        key = fingerprint([split, [s.model_dump(mode="json") for s in specs], [o.spec() for o in data.operations], settings])
+        if key not in self._rows:
+            folder = self.out / ("data" if split == "train" else "validation")
+            if any(known == folder for known, _ in self._rows.values()):
+                folder = folder.with_name(f"{folder.name}-{key[:8]}")
+            operations = data.operations if split == "train" else []
+            done = prepare(specs, operations, self.chat, settings, folder, arm.root)
+            if split == "train":
+                if not self.ledger:
+                    self.ledger = read_json(done.path / "ledger.json")
+                _say_ledger(done)
+            self._rows[key] = (done.path, EncodedRows.open(done.path))
+        return self._rows[key]
+
+    def _max_length(self, arm: Recipe) -> int:
+        """The recipe's limit, or the model's context where that is shorter."""
+        asked = arm.tune.max_length if arm.tune is not None else (arm.data.max_length or 2048)
+        config = self._resolve("instruct").config
+        context = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+        if context and asked > context:
+            say(f"note: max_length {asked} is longer than the model's context; rows are held to {context} tokens", level=1)
+            return int(context)
+        return asked
+
+    # -- guide --------------------------------------------------------------------------------------------------------
+
+    def guide(self, arm: Recipe, teacher: str) -> Guidance:
+        """The teacher's log-probabilities of the arm's rows; computed once for the same teacher and rows, in any run beside this one."""
+        from guidetune.guidance import Guidance, GuideSettings, teach
+
+        _, rows = self.prepare(arm)
+        settings = GuideSettings(**arm.guide.model_dump())
+        dtype = self._frozen_dtype(teacher, settings.dtype)
+        key = {
+            "stage": "guide",
+            "version": ENGINE_VERSION,
+            "teacher": self._fingerprint(teacher),
+            "rows": rows.digest,
+            "dtype": dtype,
+        }
+
+        def build(work: Path) -> dict[str, Any]:
+            model = self._load(teacher, dtype)
+            try:
+                return teach(model, rows, settings, work, label=f"guide ({teacher})")
+            finally:
+                _release(model)
+
+        folder = self.out / "guidance" / _slug(teacher)
+        done = _shared_stage(self.out.parent / ".store" / f"guide-{fingerprint(key)[:16]}", folder, key, build)
+        self._folders[f"guidance/{teacher}"] = done.path
+        summary = {**done.result, "teacher": self._spec(teacher), "seconds": done.seconds}
+        if not self.guidance:
+            self.guidance = summary
+        _say_confidence(summary)
+        return Guidance.open(done.path)
+
+    def guide_first(self, arms: Mapping[str, Recipe]) -> None:
+        """The instruct model's pass before any arm, where some arm needs it: the report sorts every arm's learning signal by it."""
+        for arm in arms.values():
+            if REFERENCE in _teachers(arm):
+                try:
+                    self.guide(arm, REFERENCE)
+                except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+                    pass  # the arm that needs it will meet the same error and report it as its own
+                return
+
+    # -- tune ---------------------------------------------------------------------------------------------------------
+
+    def tune(self, arm: Recipe, folder: Path) -> tuple[StageResult, dict[str, float]]:
+        """The trained adapter (or model), and the seconds its stages took."""
+        from guidetune.engine import Objective, fit
+        from guidetune.params import PROVENANCE
+
+        tune = arm.tune
+        assert tune is not None
+        _, rows = self.prepare(arm)
+        validation = self.prepare(arm, "validation")[1] if arm.data.validation else None
+        stores = {teacher: self.guide(arm, teacher) for teacher in _teachers(arm)}
+        analysed = dict(stores)
+        if not analysed and (known := self._folders.get(f"guidance/{REFERENCE}")):
+            from guidetune.guidance import Guidance
+
+            # no weight reads it; it sorts this arm's learning signal into the same confidence bins
+            store = Guidance.open(known)
+            analysed = {REFERENCE: store} if len(store) == len(rows) else {}
+        settings = tune.settings()
+        dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
+        reducer = tune.reducer or "tokens"
+        key = {
+            "stage": "tune",
+            "version": ENGINE_VERSION,
+            "model": self._fingerprint(tune.on),
+            "rows": rows.digest,
+            "validation": validation.digest if validation else None,
+            "params": tune.params.spec(),
+            "weights": [w.spec() for w in tune.weights],
+            "methods": [digest_file(source_file(type(m))) for m in (tune.params, *tune.weights)],
+            "reducer": reducer,
+            "guidance": {t: self._fingerprint(t) for t in analysed},
+            "settings": {k: v for k, v in settings.model_dump().items() if k not in NOT_THE_RESULT or reducer == "micro"},
+            "dtype": dtype,
+        }
+
+        def build(work: Path) -> dict[str, Any]:
+            model = self._load(tune.on, dtype)
+            try:
+                tune.params.prepare(model, rows)
+                attached = tune.params.attach(model, seed=_seed(settings.seed, "params"))
+                objective = Objective(tune.weights, reducer, analysed, frozenset(self.chat.stop_token_ids))
+                result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
+                attached.save(work)
+                write_json(
+                    work / PROVENANCE,
+                    {"base": self._spec(tune.on), "base_fingerprint": self._fingerprint(tune.on), "method": "guidetune", "tune": key},
+                )
+                (work / "checkpoint.safetensors").unlink(missing_ok=True)
+                return {**result.as_dict(), "peak_rss_mb": _peak_rss_mb()}
+            finally:
+                _release(model)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        done = stage(folder / "adapter", key, build)
+        return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
+
+    def _frozen_dtype(self, name: str, asked: str) -> str:
+        from guidetune.engine.precision import frozen_dtype
+        from guidetune.models.checkpoint import Checkpoint
+        from guidetune.models.loading import pick_device
+
+        with Checkpoint(self._resolve(name).path) as checkpoint:
+            parameters = sum(info.numel for info in checkpoint.tensors.values())
+        return frozen_dtype(asked, parameters, pick_device())
+
+    def _load(self, name: str, dtype: str) -> Any:
+        from guidetune.models.loading import load_model
+
+        return load_model(self._spec(name), dtype=dtype)
+
+    # -- transfer -----------------------------------------------------------------------------------------------------
+
+    def transfer(self, arm: Recipe, adapter: Path, folder: Path) -> StageResult:
+        """A complete model folder: the receiving model plus what was learnt."""
+        from guidetune.weightspace.apply import transfer
+        from guidetune.weightspace.sources import Delta
+
+        assert arm.tune is not None and arm.transfer is not None
+        options = arm.transfer
+        trained_on = self._spec(arm.tune.on)
+        _, rows = self.prepare(arm)
+        probes = [rows[i].input_ids.tolist() for i in range(min(8, len(rows)))]
+        # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
+        delta = adapter if (adapter / "adapter_config.json").is_file() else Delta.difference(adapter, trained_on)
+        return transfer(
+            delta,
+            self._spec(options.into),
+            folder / "model",
+            scale=options.scale,
+            dtype=options.dtype,
+            max_shard=options.max_shard,
+            rounding=options.rounding,
+            seed=arm.seed,
+            base=trained_on,
+            verify_rows=probes,
+        )
+
+    # -- evaluate -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, arm: Recipe, group: str) -> list[Planned]:
+        from guidetune.evaluation.evaluate import plan
+
+        assert arm.evaluate is not None
+        key = fingerprint([group, arm.evaluate.model_dump(mode="json")])
+        if key not in self._plans:
+            self._plans[key] = plan(getattr(arm.evaluate, group), _eval_settings(arm.evaluate, arm.seed), arm.root)
+        return self._plans[key]
+
+    def evaluate(self, arm: Recipe, spec: str | Path, out: Path) -> dict[str, Any]:
+        """`{"task": {...}, "general": {...}}` of one model."""
+        from guidetune.evaluation.evaluate import evaluate
+        from guidetune.models.handle import open_handle
+
+        if arm.evaluate is None:
+            return {"task": {}, "general": {}}
+        handle = open_handle(spec)
+        settings = _eval_settings(arm.evaluate, arm.seed)
+        try:
+            found = {group: evaluate(handle, self._plan(arm, group), out / group, settings, arm.root) for group in ("task", "general")}
+        finally:
+            _release(handle)
+        return {**found, "fingerprint": handle.fingerprint}
+
+    # -- an arm -------------------------------------------------------------------------------------------------------
+
+    def arm(self, name: str, arm: Recipe, repeat: int = 0) -> dict[str, Any]:
+        """One arm through its stages; `repeat` > 0 is the same arm with another seed."""
+        own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
+        folder = own / "seeds" / str(repeat) if repeat else own
+        say(
+            f"arm {name}" + (f", seed {arm.tune.seed}" if repeat and arm.tune else "") + (f": {arm.description}" if arm.description else "")
+        )
+        entry: dict[str, Any] = {"status": "ok", "error": None, "description": arm.description, "cost": {}, "paths": {}}
+        entry["recipe"] = arm.model_dump(mode="json", exclude={"arms"})
+        cost: dict[str, Any] = entry["cost"]
+        model: str | Path = self._spec("instruct")
+        if arm.tune is not None:
+            tuned, spent = self.tune(arm, folder)
+            result = dict(tuned.result)
+            entry["signal"] = result.pop("signal", [])
+            entry["tune"] = result
+            cost.update(spent, tune_s=tuned.seconds, tokens=result["tokens"], steps=result["steps"], peak_rss_mb=result["peak_rss_mb"])
+            entry["paths"] |= {"adapter": self._relative(tuned.path), "metrics": self._relative(folder / "metrics.jsonl")}
+            model = tuned.path
+            if arm.transfer is not None:
+                moved = self.transfer(arm, tuned.path, folder)
+                entry["transfer"] = {k: v for k, v in moved.result.items() if k != "tensors"}
+                entry["paths"]["model"] = self._relative(moved.path)
+                cost["transfer_s"] = moved.seconds
+                model = moved.path
+        start = time.monotonic()
+        scores = self.evaluate(arm, model, folder / "evaluation")
+        cost["evaluate_s"] = round(sum(t.get("cost", {}).get("seconds", 0.0) for g in ("task", "general") for t in scores[g].values()), 3)
+        cost["evaluate_wall_s"] = round(time.monotonic() - start, 3)
+        entry |= scores
+        entry["paths"]["evaluation"] = self._relative(folder / "evaluation")
+        for group in ("task", "general"):
+            entry[f"{group}_mean"] = _mean([t["score"] for t in scores[group].values() if t.get("higher_is_better", True)])
+        return entry
+
+    def _relative(self, path: Path) -> str:
+        return os.path.relpath(path, self.out)
+
+    def compare_with_reference(self, arms: dict[str, dict[str, Any]]) -> None:
+        """Paired tests, item by item, of every arm (and every seed of it) against the untouched instruct model."""
+        from guidetune.evaluation.evaluate import paired_results
+
+        reference = arms.get(REFERENCE)
+        if not reference or reference["status"] != "ok":
+            return
+        everyone = [(n, e) for n, e in arms.items() if n != REFERENCE] + [(n, s) for n, e in arms.items() for s in e.get("seeds", [])]
+        for _, entry in everyone:
+            if entry["status"] != "ok":
+                continue
+            for group in ("task", "general"):
+                for label, result in entry[group].items():
+                    other = reference[group].get(label)
+                    if other is None:
+                        continue
+                    places = [self.out / e["paths"]["evaluation"] / group for e in (entry, reference)]
+                    try:
+                        result["vs_instruct"] = paired_results(places[0], result, places[1], other)
+                    except BadInput as error:
+                        say(f"note: {label}: {error}")
+
+    # -- the results file ---------------------------------------------------------------------------------------------
+
+    def opening(self) -> dict[str, Any]:
+        return {
+            "name": self.recipe.name,
+            "kind": self.kind,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "models": {"base": self.recipe.models.base, "instruct": self.recipe.models.instruct, "pair": self.pair},
+            "arms": {},
+        }
+
+    def closing(self) -> dict[str, Any]:
+        return {"guidance": self.guidance, "ledger": self.ledger, "versions": versions(), "machine": machine()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single stages, for their own verbs
+
+
+def prepare_data(recipe: Recipe, out: Path | None = None) -> StageResult:
+    """The prepare stage alone."""
+    threads.settle()
+    out = Path(out or Path("runs") / recipe.name)
+    _check_place(out)
+    path, _ = _Job(recipe, out, "run").prepare(recipe)
+    return StageResult(path, True, finished(path) or {})
+
+
+def guide(recipe: Recipe, out: Path | None = None, export: Path | None = None) -> str:
+    """The teacher pass alone; returns a text with the confidence histogram. `export` writes the scores as JSON lines."""
+    threads.settle()
+    out = Path(out or Path("runs") / recipe.name)
+    _check_place(out)
+    job = _Job(recipe, out, "run")
+    lines = []
+    for teacher in _teachers(recipe) or [REFERENCE]:
+        job.guidance = {}
+        job.guide(recipe, teacher)
+        folder = job._folders[f"guidance/{teacher}"]
+        lines.append(histogram_text(job.guidance))
+        if export is not None:
+            from guidetune.guidance import export as export_scores
+
+            target = export if len(_teachers(recipe)) <= 1 else export.with_name(f"{export.stem}.{_slug(teacher)}{export.suffix}")
+            count = export_scores(folder, job.prepare(recipe)[1], target)
+            lines.append(f"{count:,} rows written to {target}")
+        lines.append(f"guidance: {folder}")
+    return "\n".join(lines)
+
+
+def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
+    """Score any model on the tasks of an evaluation section; results.json and the items go to `out`."""
+    threads.settle()
+    from guidetune.evaluation.evaluate import evaluate, plan
+    from guidetune.models.handle import open_handle
+    from guidetune.models.sources import resolve
+
+    out = Path(out)
+    _check_place(out)
+    source = resolve(spec)
+    settings = _eval_settings(section, 0)
+    planned = plan([*section.task, *section.general], settings, Path.cwd())
+    handle = open_handle(source)
+    results = evaluate(handle, planned, out, settings, Path.cwd())
+    write_json(
+        out / "results.json",
+        {"model": spec, "fingerprint": handle.fingerprint, "tasks": results, "versions": versions(), "machine": machine()},
+    )
+    return results
+
+
+def histogram_text(summary: Mapping[str, Any]) -> str:
+    """The confidence of a teacher in the targets, as text."""
+    counts = summary["histogram"]["counts"]
+    edges = summary["histogram"]["edges"]
+    most = max([*counts, 1])
+    lines = [_confidence_line(summary)]
+    for lo, hi, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        lines.append(f"  {lo:4.2f}–{hi:4.2f} {'█' * round(40 * count / most):<40} {count:>10,}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts
+
+
+def _teachers(recipe: Recipe) -> list[str]:
+    return list(dict.fromkeys(t for w in (recipe.tune.weights if recipe.tune else []) for t in w.teachers))
+
+
+def _eval_settings(section: Evaluate, seed: int) -> EvalSettings:
+    from guidetune.evaluation.evaluate import EvalSettings
+
+    names = set(EvalSettings.model_fields) & set(type(section).model_fields)
+    return EvalSettings(seed=seed, **{name: getattr(section, name) for name in names})
+
+
+def _seed(seed: int, purpose: str) -> int:
+    from guidetune.artefacts import derive_seed
+
+    return derive_seed(seed, purpose)
+
+
+def _slug(teacher: str) -> str:
+    if teacher in ("base", "instruct"):
+        return teacher
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(teacher).name)[:40].strip("-.") or "teacher"
+    return f"{plain}-{fingerprint(teacher)[:8]}"
+
+
+def _shared_stage(shared: Path, folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> StageResult:
+    """A stage kept in a store beside the runs, so that other runs find it, and shown in this run's folder."""
+    manifest = finished(folder, key)
+    if manifest is not None:
+        return StageResult(folder, True, manifest)
+    done = stage(shared, key, build)
+    work = folder.with_name(f".{folder.name}.partial")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    for file in done.path.iterdir():
+        try:
+            os.link(file, work / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(file, work / file.name)
+    publish(work, folder)
+    return StageResult(folder, done.reused, done.manifest)
+
+
+def _check_place(out: Path) -> None:
+    """Make the run's folder and prove that it can be written to.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+
+
+def _release(model: Any) -> None:
+    """Teacher and student are never in memory together."""
+    import gc
+
+    if hasattr(model, "model") and hasattr(model, "chat"):
+        model.model = None
+    del model
+    gc.collect()
+
+
+def _report(out: Path, results: Mapping[str, Any]) -> None:
+    from guidetune import report
+
+    for name, entry in results["arms"].items():
+        model = entry.get("paths", {}).get("model")
+        if model:
+            write_text_atomic(out / model / "README.md", report.model_card(results, name))
+    report.write(out)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _over_seeds(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation (n − 1) of every score over the seeds that finished."""
+    import statistics
+
+    runs = [entry, *(s for s in entry["seeds"] if s["status"] == "ok")]
+
+    def spread(values: list[float | None]) -> dict[str, Any]:
+        known = [v for v in values if v is not None]
+        return {"mean": _mean(known), "sd": statistics.stdev(known) if len(known) > 1 else None, "scores": known}
+
+    out: dict[str, Any] = {"n": len(runs)}
+    for group in ("task", "general"):
+        out[group] = {label: spread([r[group].get(label, {}).get("score") for r in runs]) for label in entry[group]}
+        out[f"{group}_mean"] = spread([r.get(f"{group}_mean") for r in runs])
+    return out
+
+
+def _say_ledger(done: StageResult) -> None:
+    total = done.result
+    dropped = sum(total.get("dropped", {}).values())
+    text = (
+        f"data: {total.get('read', 0):,} rows read, {total.get('used', 0):,} used, {total.get('cut', 0):,} of them cut, {dropped:,} dropped"
+    )
+    say(text + ("" if not dropped else " (" + ", ".join(f"{n:,} {why}" for why, n in total["dropped"].items()) + ")"))
+
+
+def _confidence_line(summary: Mapping[str, Any]) -> str:
+    return (
+        f"teacher {summary['teacher']}: mean confidence {summary['mean_confidence']:.3f}"
+        f" over {summary['supervised_tokens']:,} target tokens, {100 * summary['below_0.05']:.1f} % of them below 0.05"
+    )
+
+
+def _say_confidence(summary: Mapping[str, Any]) -> None:
+    say(_confidence_line(summary))
+    if summary["mean_confidence"] < LOW_CONFIDENCE or summary["below_0.05"] > MANY_LOW:
+        say(
+            "warning: the teacher knows little of this domain; guided weights will hold back what is new to it."
+            " Compare with the arms sft and graft before you trust the result."
+        )
+
+
+def _peak_rss_mb() -> int:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that numbers depend on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"python": platform.python_version()}
+    for name in ("guidetune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "math-verify"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on."""
+    import platform
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
+    found: dict[str, Any] = {"system": platform.platform(), "cpu": cpu, "cores": threads.available_cores(), "memory_gb": round(memory, 1)}
+    import torch
+
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
