@@ -1,0 +1,349 @@
+"""The page: well formed, self-contained, complete, safe, readable, small."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from guidetune import report
+from guidetune.errors import BadInput
+from guidetune.report import plots
+from guidetune.report.text import clean
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance and keeps what the tests ask about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        self.problems += [f"never closed: {tag}" for tag in self.open]
+        self.words = "".join(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"closes out of order: {tag} at {self.getpos()}")
+        if tag in ("td", "th", "dt", "dd"):
+            self.text.append(" ")
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title", "desc"):
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def page_of(run: Path) -> tuple[Page, str]:
+    path = report.write(run)
+    assert path == run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.problems == []
+    return page, text
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page, str]:
+    from conftest import build_run
+
+    run = build_run(tmp_path_factory.mktemp("report") / "run", n=120)
+    return run, *page_of(run)
+
+
+def test_the_page_needs_nothing_outside_itself(full: tuple[Path, Page, str]) -> None:
+    _, page, text = full
+    assert text.startswith("<!DOCTYPE html>")
+    assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"} == set()
+    for _, attrs in page.tags:
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+                assert (value or "").startswith("#"), (name, value)
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import", text)
+    assert page.all("meta")[1]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_every_link_and_id_on_the_page_fits(full: tuple[Path, Page, str]) -> None:
+    _, page, text = full
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "href" and value}
+    used |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used <= set(ids)
+    for name in ("verdict", "arms", "gain", "skills", "training", "guidance", "samples", "data", "transfer", "costs", "recipe", "versions"):
+        assert name in ids
+
+
+def test_every_drawing_says_what_it_shows(full: tuple[Path, Page, str]) -> None:
+    _, page, text = full
+    drawings = page.all("svg")
+    assert sum(attrs.get("class") == "plot" for attrs in drawings) == 6
+    for attrs in drawings:
+        assert attrs["role"] == "img"
+        if "aria-label" in attrs:
+            assert attrs["aria-label"]
+            continue
+        for name in (attrs["aria-labelledby"] or "").split():
+            (said,) = re.findall(rf'<(?:title|desc) id="{name}">([^<]+)<', text)
+            assert said.strip()
+    assert not re.search(r"#0a0[bc]", text), "a placeholder colour was left in a drawing"
+    assert "<metadata" not in text and "DejaVu Sans'" not in text
+
+
+def test_arms_scores_and_tests_are_all_there(full: tuple[Path, Page, str]) -> None:
+    run, page, _ = full
+    arms = results_of(run)["arms"]
+    for name, arm in arms.items():
+        assert name in page.words
+        for group in ("task", "general"):
+            for label, result in arm[group].items():
+                assert label in page.words
+                assert f"{result['score']:.3f}" in page.words
+                if name != "instruct":
+                    counts = result["vs_instruct"]
+                    for key in ("kept", "lost", "gained"):
+                        assert re.search(rf"\b{counts[key]}\b", page.words)
+    for text in (
+        "181,240",
+        "4,000",
+        "3,921",
+        "8.3 %",
+        "longer than max_length",
+        "assistant message has no text",
+        "LlamaForCausalLM",
+        "2.13.0",
+        "1.4 GB",
+    ):
+        assert text in page.words, text
+    for skill in ("JSON format", "drug to disease"):
+        assert skill in page.words
+
+
+def test_samples_show_flips_first_with_every_arm(full: tuple[Path, Page, str]) -> None:
+    from guidetune.report.samples import collect
+
+    run, page, _ = full
+    samples, missing = collect(run, results_of(run))
+    assert missing == []
+    assert {sample.group for sample in samples} == {"task", "general"}
+    kinds = [sample.kind for sample in samples if sample.group == "task"]
+    assert kinds[0] == "gained" and "lost" in kinds and kinds.index("lost") < kinds.index("all right")
+    for sample in samples:
+        assert [output.arm for output in sample.outputs] == ["instruct", "sft", "graft", "gift"]
+        right = {output.arm: output.right for output in sample.outputs}
+        if sample.kind in ("gained", "lost"):
+            assert right["instruct"] is (sample.kind == "lost")
+            assert sample.flipped == [arm for arm, value in right.items() if value != right["instruct"]] != []
+        else:
+            assert set(right.values()) == {sample.kind == "all right"}
+    gaining = {arm for sample in samples if sample.kind == "gained" and sample.group == "task" for arm in sample.flipped}
+    assert {"sft", "graft", "gift"} == gaining, "every arm's flips get their turn"
+    assert page.words.count("✓") and page.words.count("✗")
+
+
+def test_the_same_run_gives_the_same_page(full: tuple[Path, Page, str]) -> None:
+    run, _, text = full
+    assert report.write(run).read_text(encoding="utf-8") == text
+
+
+HOSTILE = (
+    "</pre></style><script>alert(1)</script><img src=http://x.example/a onerror=alert(2)> $\\frac{a}$ & \" ' {{ 7*7 }} "
+    "\x00\x1b[31m \ud800 \u202e evil"
+)
+
+
+def test_hostile_text_is_shown_and_never_acted_on(make_run) -> None:
+    def change(results: dict) -> None:
+        results["name"] = HOSTILE
+        results["models"]["instruct"] = HOSTILE
+        results["recipe"]["name"] = HOSTILE
+        results["ledger"]["dropped"][HOSTILE] = 3
+        results["ledger"]["sources"][HOSTILE] = {"read": 1}
+        results["versions"][HOSTILE] = HOSTILE
+        results["guidance"]["teacher"] = HOSTILE
+        results["arms"]["gift"]["transfer"] = {HOSTILE: {HOSTILE: [HOSTILE]}}
+        results["arms"]["gift"]["description"] = HOSTILE
+        results["arms"] = {(f"gift {HOSTILE}" if name == "gift" else name): arm for name, arm in results["arms"].items()}
+        results["arms"]["sft"] = {"status": "failed", "error": HOSTILE}
+        for arm in results["arms"].values():
+            if "general" in arm:
+                arm["general"]["skills"]["by"]["skill"][HOSTILE] = {"score": 0.5, "n": 4}
+                arm["task"]["word_problems"]["by"]["difficulty"][HOSTILE] = {"score": 0.5, "n": 4}
+                arm["task"] = {HOSTILE: arm["task"]["word_problems"]}
+
+    def rewrite(item: dict) -> None:
+        item["prompt"] = item["output"] = item["reference"] = HOSTILE
+        item["id"] += HOSTILE
+
+    page, text = page_of(make_run(n=24, change=change, rewrite=rewrite))
+    assert not page.all("script") and not page.all("img")
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "<script" not in text and "onerror=alert(2)&gt;" in text and "{{ 7*7 }}" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff\u202e]", text)
+    assert "␀␛[31m ⟨U+D800⟩ ⟨U+202E⟩ evil" in page.words
+
+
+def _strip(results: dict) -> None:
+    for key in list(results):
+        if key != "arms":
+            del results[key]
+    results["arms"] = {"gift": {}}
+
+
+CHANGES = {
+    "nothing at all": lambda results: results.clear(),
+    "an empty arm only": _strip,
+    "everything null": lambda results: results.update({key: None for key in results}),
+    "arms null": lambda results: results["arms"].update({name: None for name in results["arms"]}),
+    "parts of an arm null": lambda results: results["arms"].update({name: dict.fromkeys(arm) for name, arm in results["arms"].items()}),
+    "failed arm": lambda results: results["arms"].update(gift={"status": "failed", "error": "non-finite loss at step 12, rows p-7, p-9"}),
+    "no guidance": lambda results: results.update(guidance=None),
+    "no histogram": lambda results: results["guidance"].pop("histogram"),
+    "no instruct": lambda results: results["arms"].pop("instruct"),
+    "no evaluation": lambda results: [
+        arm.update(task={}, general={}, task_mean=None, general_mean=None) for arm in results["arms"].values()
+    ],
+    "no general": lambda results: [arm.update(general={}, general_mean=None) for arm in results["arms"].values()],
+    "no task": lambda results: [arm.update(task={}, task_mean=None) for arm in results["arms"].values()],
+    "no paired tests": lambda results: [
+        part.pop("vs_instruct", 0) for arm in results["arms"].values() for group in ("task", "general") for part in arm[group].values()
+    ],
+    "no intervals": lambda results: [
+        part.get("vs_instruct", {}).update(ci=None, p=None) for arm in results["arms"].values() for part in arm["task"].values()
+    ],
+    "not a number": lambda results: [
+        part.update(score=float("nan"), ci=[float("nan"), 1]) for arm in results["arms"].values() for part in arm["task"].values()
+    ],
+    "general all lost": lambda results: results["arms"]["instruct"].update(general_mean=0.0),
+    "no items": lambda results: [part.update(items="gone.jsonl") for arm in results["arms"].values() for part in arm["task"].values()],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_with_parts_missing_still_has_a_page(make_run, name: str) -> None:
+    run = make_run(n=24, change=CHANGES[name])
+    if name == "no items":
+        for path in run.glob("arms/*/evaluation/task/*.jsonl"):
+            path.write_text('{"id": "half a li', encoding="utf-8")
+    page, _ = page_of(run)
+    expected = {
+        "nothing at all": "The results hold no arms.",
+        "an empty arm only": "not evaluated: nothing can be said",
+        "failed arm": "non-finite loss at step 12, rows p-7, p-9",
+        "no guidance": "No teacher pass was part of this run.",
+        "no histogram": "The guidance summary holds no histogram.",
+        "no instruct": "Not drawn: it needs the instruct model",
+        "no evaluation": "not evaluated: nothing can be said",
+        "no general": "forgetting is unknown",
+        "no task": "the gain is unknown",
+        "no paired tests": "without a paired test against instruct",
+        "no intervals": "no test available",
+    }
+    assert expected.get(name, "Verdict") in page.words
+    assert "nan" not in page.words.lower().replace("ana ", "")
+    report.markdown(results_of(run)), report.csv_text(results_of(run))
+
+
+def test_a_single_run_is_read_from_the_top_of_its_folder(make_run) -> None:
+    def change(results: dict) -> None:
+        for arm in results["arms"].values():
+            arm["paths"] = {}
+            for group in ("task", "general"):
+                for result in arm[group].values():
+                    result.pop("items")
+
+    run = make_run(n=24, arms=("instruct", "gift"), kind="run", change=change)
+    page, _ = page_of(run)
+    assert "Loss curves" in page.words and "The answer is" in page.words
+    assert "Not shown" not in page.words
+
+
+def test_several_tasks_and_many_arms(make_run) -> None:
+    arms = ("instruct", "sft", "graft", "gift", *(f"arm number {i}" for i in range(9)))
+    run = make_run(n=24, arms=arms, tasks=("first", "second", "third", "fourth"))
+    page, _ = page_of(run)
+    assert all(name in page.words for name in arms)
+    assert "task mean" in page.words and "mean of 4 tasks" in page.words
+
+
+def test_a_large_comparison_stays_small(make_run) -> None:
+    def rewrite(item: dict) -> None:
+        item["output"] = "<&'\"" * 1000
+        item["prompt"] = "& " * 4000
+
+    run = make_run(n=600, rewrite=rewrite)
+    with open(run / "arms" / "gift" / "metrics.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(20_000))
+    page, text = page_of(run)
+    assert len(text.encode()) < 3_000_000
+    assert "more characters" in page.words
+
+
+def test_a_folder_without_results_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no results\.json"):
+        report.write(tmp_path)
+    (tmp_path / "results.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(BadInput, match="holds a list"):
+        report.write(tmp_path)
+    (tmp_path / "results.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BadInput, match="cannot read"):
+        report.write(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def _colours(block: str) -> dict[str, str]:
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+
+
+def _contrast(one: str, two: str) -> float:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(
+            w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True)
+        )
+
+    low, high = sorted([light(one), light(two)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_plot_colours_have_contrast_in_both_themes() -> None:
+    style = (Path(plots.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    light = _colours(style[: style.index("@media")])
+    dark = light | _colours(style[style.index("@media") : style.index("* { box-sizing")])
+    assert dark["paper"] != light["paper"]
+    for theme in (light, dark):
+        for name, colour in theme.items():
+            if name in ("ink", "muted", "link", "up", "down", "bad") or name.startswith("arm-"):
+                for ground in ("paper", "raised"):
+                    assert _contrast(colour, theme[ground]) >= 4.5, (name, colour, ground)
+    for colour in plots.ARM_COLOURS:  # a drawing copied out of the page, on white or on black
+        assert _contrast(colour, "#ffffff") >= 3 and _contrast(colour, "#000000") >= 3, colour
+
+
+def test_clean_writes_out_what_cannot_be_seen() -> None:
+    assert clean("a\x00\x1b\x7f\x85\u200b\u202e\ud800\ufeffb\r\nc\td\r") == "a␀␛␡⟨U+0085⟩⟨U+200B⟩⟨U+202E⟩⟨U+D800⟩⟨U+FEFF⟩b\nc\td␍"
+    assert clean("naïve 日本 👩\u200d🔬 עברית") == "naïve 日本 👩\u200d🔬 עברית"
