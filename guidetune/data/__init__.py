@@ -1,0 +1,1 @@
+"""From files to encoded rows: sources, records, chat templates, operations, ledger."""

@@ -1,0 +1,41 @@
+"""A seeded random part of the rows, chosen by id: adding or removing other rows hardly changes the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, model_validator
+
+from guidetune.artefacts import derive_seed
+from guidetune.data.operations import Operation, OperationContext, Rows
+from guidetune.data.records import Record
+from guidetune.registry import method
+
+
+@method(kind="operation", name="sample", summary="Keep a seeded random sample: n rows, or a fraction of them.")
+class Sample(Operation):
+    n: int | None = Field(None, gt=0, description="Number of rows to keep (all, when there are fewer).")
+    fraction: float | None = Field(None, gt=0, le=1, description="Share of the rows to keep; each row is drawn on its own.")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Sample:
+        if (self.n is None) == (self.fraction is None):
+            raise ValueError("give either n or fraction")
+        return self
+
+    def apply(self, rows: Rows, context: OperationContext) -> Iterator[Record]:
+        """Each id gets a number from (seed, id); the smallest n, or those below the fraction, stay in their order."""
+        if self.fraction is not None:
+            limit = int(self.fraction * 2**63)
+        else:
+            numbers = sorted(_number(context.seed, record) for record in rows)
+            limit = numbers[self.n] if self.n is not None and self.n < len(numbers) else 2**63
+        for record in rows:
+            if _number(context.seed, record) < limit:
+                yield record
+            else:
+                context.drop(record, "not sampled", f"sample {self.n if self.n is not None else self.fraction}")
+
+
+def _number(seed: int, record: Record) -> int:
+    return derive_seed(seed, "sample", record.id)

@@ -1,0 +1,357 @@
+"""Rows of many shapes made into one: a conversation with an id.
+
+Understood without a map: `messages` (OpenAI), `conversations` or `conversation` (ShareGPT), alpaca (`instruction`, `input`,
+`output`), `prompt` with `completion` or `response`, `instruction` or `query` with `response`, `question` with `answer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from guidetune.data.sources import SourceSpec
+from guidetune.errors import BadInput
+
+SHAPES = (
+    "messages: [{role, content}]",
+    "conversations: [{from, value}]",
+    "instruction, input, output",
+    "prompt, completion (or response)",
+    "instruction, response",
+    "question, answer",
+)
+WRONG_COLUMNS, NOT_TEXT, EMPTY_ANSWER = "wrong columns", "content is not text", "empty answer"
+EMPTY_PROMPT, BAD_ROLE, NO_ANSWER = "empty prompt", "unknown role", "no assistant turn"
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "system": "system",
+    "developer": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("query", "response"), ("question", "answer"))
+_OPTION_COLUMNS = ("options", "choices", "context", "passage")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation. `messages` are {"role", "content"} with an optional "train"; `line` is its place in its source."""
+
+    id: str
+    source: str
+    messages: list[dict[str, Any]]
+    line: int = 0
+    weight: float = 1.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not used: `reason` is one of few, `detail` says what is wrong with this one."""
+
+    reason: str
+    detail: str
+
+
+class _Bad(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class Identifiers:
+    """Stable ids: the row's own where no earlier row has it, else a hash of source, content and occurrence number."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._counts: dict[int, int] = {}
+
+    def give(self, source: str, own: Any, content: str) -> str:
+        if isinstance(own, (str, int)) and not isinstance(own, bool) and str(own).strip():
+            name = str(own)
+            try:
+                if self._take(name):
+                    return name
+            except UnicodeEncodeError:
+                pass
+        number, key = 1, 0
+        while True:
+            name = hashlib.sha256(f"{source}\0{number}\0{content}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+            if self._take(name):
+                return name
+            # Only rows that repeat need a count; it spares a long run of duplicates from trying every number again.
+            key = key or _hash(f"{source}\0{content}")
+            number = self._counts[key] = self._counts.get(key, 1) + 1
+
+    def _take(self, name: str) -> bool:
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+        if key in self._taken:
+            return False
+        self._taken.add(key)
+        return True
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def content_key(messages: list[dict[str, Any]]) -> str:
+    """The conversation as one string: equal for exact duplicates only."""
+    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=True)
+
+
+def normalise(raw: Mapping[str, Any], spec: SourceSpec, source: str, line: int, identifiers: Identifiers) -> Record | Dropped:
+    """One row as a `Record`, or why not."""
+    try:
+        messages = _mapped(raw, spec.map) if spec.map.keys() - {"id"} else _shaped(raw)
+        extra = _system_parts(raw, spec)
+        if extra and messages[:1] and messages[0]["role"] == "system":
+            messages[0] = {**messages[0], "content": "\n\n".join([messages[0]["content"], *extra[1:]])} if extra[1:] else messages[0]
+        elif any(extra):
+            messages = [{"role": "system", "content": "\n\n".join(e for e in extra if e)}, *messages]
+        messages, trimmed = _checked(messages)
+    except _Bad as bad:
+        return Dropped(bad.reason, bad.detail)
+    own = _lookup(raw, spec.map["id"]) if "id" in spec.map else next((raw[k] for k in ("id", "unique_id") if k in raw), None)
+    meta = {"trimmed_turns": trimmed} if trimmed else {}
+    return Record(identifiers.give(source, own, content_key(messages)), source, messages, line, spec.weight, meta)
+
+
+def understood(raw: Mapping[str, Any], spec: SourceSpec) -> bool:
+    """The row's columns fit the map or a known shape (whatever is in them)."""
+    try:
+        _ = _mapped(raw, spec.map) if spec.map.keys() - {"id"} else _shaped(raw)
+    except _Bad as bad:
+        return bad.reason != WRONG_COLUMNS
+    return True
+
+
+def explain_columns(spec: SourceSpec, columns: list[str]) -> BadInput:
+    """The error for a source of which no row is understood."""
+    found = ", ".join(columns) or "none"
+    if spec.map:
+        return BadInput(f"{spec.path}: the map {spec.map} does not fit its columns; columns found: {found}")
+    hint = ""
+    if {"question", "answer"} <= set(columns):
+        hint = " For a question with options write e.g. map: {user: \"{question}\\nA. {options[A]}\", assistant: answer}."
+    elif {"chosen", "rejected"} <= set(columns):
+        hint = " This is preference data (chosen, rejected); map the answer you want to learn."
+    return BadInput(
+        f"{spec.path}: no known shape in its columns ({found}); understood: {'; '.join(SHAPES)}. "
+        f"Else name the columns: map: {{user: <column>, assistant: <column>}}.{hint}"
+    )
+
+
+def _checked(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Trailing turns that no answer follows are taken off (they teach nothing); the rest must be usable."""
+    last = max((k for k, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise _Bad(NO_ANSWER, f"roles: {', '.join(m['role'] for m in messages) or 'none'}")
+    kept = messages[: last + 1]
+    for number, message in enumerate(kept, 1):
+        if message["role"] == "assistant" and message.get("train", True) and not message["content"].strip():
+            raise _Bad(EMPTY_ANSWER, f"assistant turn {number} of {len(kept)} is empty")
+    if not any(m["role"] in ("user", "tool") for m in kept[:last]):
+        raise _Bad(EMPTY_PROMPT, "no user turn before the answer")
+    first = next(m for m in kept if m["role"] == "user") if any(m["role"] == "user" for m in kept) else None
+    if first is not None and not first["content"].strip():
+        raise _Bad(EMPTY_PROMPT, "the first user turn is empty")
+    return kept, len(messages) - len(kept)
+
+
+def _system_parts(raw: Mapping[str, Any], spec: SourceSpec) -> list[str]:
+    """[system prompt, tool list]: from the map, the row's own `system` column, or the source's default."""
+    if spec.map.get("system"):
+        system = _text(_value(raw, spec.map["system"]), spec.map["system"])
+    elif not (spec.map.keys() - {"id"}) and isinstance(raw.get("system"), str):
+        system = raw["system"]
+    else:
+        system = ""
+    parts = [system if system.strip() else spec.system or ""]
+    tools = raw.get("tools") if not (spec.map.keys() - {"id"}) else None
+    if tools:
+        text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+        if text.strip() not in ("", "[]", "{}"):
+            parts.append(f"Available tools:\n{text}")
+    return parts if any(parts) else []
+
+
+# Rows with a map
+
+
+def _mapped(raw: Mapping[str, Any], mapping: Mapping[str, str]) -> list[dict[str, Any]]:
+    if "messages" in mapping:
+        return _turns(_value(raw, mapping["messages"]), mapping["messages"])
+    user, answer = _value(raw, mapping["user"]), _value(raw, mapping["assistant"])
+    if isinstance(answer, list):
+        raise _Bad(NOT_TEXT, f"{mapping['assistant']} is a list; pick one, e.g. {{{mapping['assistant']}[0]}}")
+    return [
+        {"role": "user", "content": _text(user, mapping["user"])},
+        {"role": "assistant", "content": _text(answer, mapping["assistant"])},
+    ]
+
+
+def _value(raw: Mapping[str, Any], how: str) -> Any:
+    """A column's value, or text made from `how` when it has {columns} in it."""
+    if how in raw:
+        return raw[how]
+    if "{" in how:
+        return _fill(how, raw)
+    return _lookup(raw, how, required=True)
+
+
+def _fill(template: str, raw: Mapping[str, Any]) -> str:
+    out = []
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise BadInput(f"map: {template!r}: {error}; write {{{{ and }}}} for braces that are text") from None
+    for literal, name, spec, conversion in parts:
+        out.append(literal)
+        if name is None:
+            continue
+        if not name or spec or conversion:
+            raise BadInput(f"map: {template!r}: a part in braces is a column, such as {{question}} or {{options[A]}}")
+        value = _lookup(raw, name, required=True)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise _Bad(NOT_TEXT, f"{name} is {_kind(value)}")
+        out.append(str(value))
+    return "".join(out)
+
+
+_STEP = re.compile(r"\[([^\[\]]*)\]|\.([^.\[\]]+)")
+
+
+def _lookup(raw: Mapping[str, Any], name: str, required: bool = False) -> Any:
+    """`column`, `column[key]`, `column[0]` or `column.key`."""
+    if name in raw:
+        return raw[name]
+    head = re.match(r"[^.\[\]]+", name)
+    value: Any = raw
+    steps = [head.group(0)] if head else []
+    at = head.end() if head else 0
+    while at < len(name):
+        step = _STEP.match(name, at)
+        if step is None:
+            break
+        steps.append(step.group(1) if step.group(1) is not None else step.group(2))
+        at = step.end()
+    try:
+        if not steps or at < len(name):
+            raise KeyError(name)
+        for step in steps:
+            value = value[int(step)] if isinstance(value, list) else value[step] if isinstance(value, Mapping) else _no_step(step)
+    except (KeyError, IndexError, ValueError):
+        if not required:
+            return None
+        raise _Bad(WRONG_COLUMNS, f"no {name!r}; columns: {', '.join(map(str, raw))}") from None
+    return value
+
+
+def _no_step(step: str) -> Any:
+    raise KeyError(step)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
+        return "".join(_text(p.get("text"), name) for p in value)
+    hint = f"; write {{{name}}} in braces to take it as text" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+    raise _Bad(NOT_TEXT, f"{name} is {_kind(value)}{hint}")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown[:40]}{'…' if len(shown) > 40 else ''}"
+
+
+# Rows of a known shape
+
+
+def _shaped(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    for column in ("messages", "conversations", "conversation"):
+        if column in raw and (isinstance(raw[column], list) or len(raw) == 1):
+            return _turns(raw[column], column)
+    if "instruction" in raw and "output" in raw:
+        return _alpaca(raw)
+    for asked, answered in _PAIRS:
+        if asked in raw and answered in raw and not (asked == "question" and any(c in raw for c in _OPTION_COLUMNS)):
+            return _pair(raw[asked], raw[answered], asked, answered)
+    raise _Bad(WRONG_COLUMNS, f"columns: {', '.join(map(str, raw)) or 'none'}")
+
+
+def _alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = []
+    for number, earlier in enumerate(raw.get("history") or []):
+        if not isinstance(earlier, list) or len(earlier) != 2:
+            raise _Bad(NOT_TEXT, f"history[{number}] is {_kind(earlier)}, not [question, answer]")
+        turns += _pair(earlier[0], earlier[1], "history", "history")
+    instruction, context = _text(raw["instruction"], "instruction"), raw.get("input")
+    if context is not None and _text(context, "input").strip():
+        instruction = f"{instruction}\n\n{context}"
+    return [*turns, *_pair(instruction, raw["output"], "instruction", "output")]
+
+
+def _pair(asked: Any, answered: Any, asked_name: str, answered_name: str) -> list[dict[str, Any]]:
+    """prompt and completion, each a string or a list of messages."""
+    before = _turns(asked, asked_name) if _is_turns(asked) else [{"role": "user", "content": _text(asked, asked_name)}]
+    # What the prompt holds is given; only the completion is learnt.
+    before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before] if _is_turns(asked) else before
+    after = (
+        _turns(answered, answered_name) if _is_turns(answered) else [{"role": "assistant", "content": _text(answered, answered_name)}]
+    )
+    return [*before, *after]
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and ("role" in value[0] or "from" in value[0])
+
+
+def _turns(value: Any, column: str) -> list[dict[str, Any]]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # csv files carry the list as JSON text
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _Bad(NOT_TEXT, f"{column} is text that is not a JSON list") from None
+    if not isinstance(value, list):
+        raise _Bad(NOT_TEXT, f"{column} is {_kind(value)}, not a list of turns")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, Mapping):
+            raise _Bad(NOT_TEXT, f"{column}: turn {number} is {_kind(turn)}, not an object")
+        role = turn.get("role", turn.get("from"))
+        known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+        if known is None:
+            raise _Bad(BAD_ROLE, f"{column}: turn {number} has role {_kind(role)}")
+        content = turn.get("content", turn.get("value"))
+        calls = turn.get("tool_calls")
+        if calls:  # learnt as text, one JSON object per line
+            lines = [json.dumps(c.get("function", c) if isinstance(c, Mapping) else c, ensure_ascii=False) for c in calls]
+            content = "\n".join([content, *lines] if content else lines)
+        message = {"role": known, "content": _text(content, f"{column}: turn {number}")}
+        train = turn.get("train", turn.get("weight"))
+        if train is not None and known == "assistant" and not train:
+            message["train"] = False
+        turns.append(message)
+    return turns

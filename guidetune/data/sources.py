@@ -1,0 +1,383 @@
+"""Where rows come from: jsonl, json, csv and parquet files (also gzipped), folders and hub ids through `datasets`.
+
+Rows are streamed; only a `.json` file, which has to be read whole, needs memory that grows with its rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from guidetune.artefacts import digest_file, fingerprint
+from guidetune.errors import BadInput
+
+Format = Literal["auto", "jsonl", "json", "csv", "parquet", "dataset"]
+MAP_KEYS = ("user", "assistant", "system", "messages", "id")
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+BROKEN_JSON, BAD_UTF8, NOT_A_ROW, BROKEN_CSV = "broken JSON", "bad UTF-8", "not a row", "broken CSV"
+
+
+class SourceSpec(BaseModel):
+    """One source of conversations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="A file, a folder, or a hub id for `datasets`.")
+    format: Format = Field("auto", description="How to read it; auto goes by the name and, for json, by the content.")
+    split: str = Field("train", description="Split of a folder or hub data set.")
+    subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    name: str | None = Field(None, description="Name in ids, ledger and reports; default: the file's name.")
+    map: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns by part: user, assistant, system, id; or messages. A value is a column or text with {column} in it.",
+    )
+    system: str | None = Field(None, description="System prompt for rows that have none.")
+    weight: float = Field(1.0, gt=0, description="Loss weight of every supervised token of this source.")
+    limit: int | None = Field(None, gt=0, description="Read only the first rows.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, (str, Path)) else value
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("map")
+    @classmethod
+    def _known_parts(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if key not in MAP_KEYS:
+                near = difflib.get_close_matches(key, MAP_KEYS, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"map has no part {key!r}{hint} (parts: {', '.join(MAP_KEYS)})")
+        if "messages" in value and ("user" in value or "assistant" in value):
+            raise ValueError("map gives messages and also user or assistant; keep one")
+        if value and "messages" not in value and "assistant" not in value and ("user" in value):
+            raise ValueError("map gives user but no assistant column; add assistant: <column>")
+        if "assistant" in value and "user" not in value:
+            raise ValueError("map gives assistant but no user column; add user: <column>")
+        return value
+
+    @property
+    def label(self) -> str:
+        """The source's name in reports."""
+        if self.name:
+            return self.name
+        name = Path(self.path).name
+        if name.endswith(".gz"):
+            name = name[:-3]
+        stem = Path(name).stem if Path(name).suffix in _SUFFIXES else name
+        return stem or self.path
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that could not be read at all."""
+
+    reason: str
+    detail: str
+
+
+def labels(specs: list[SourceSpec]) -> list[str]:
+    """A distinct name for each source: a repeated one gets `-2`, `-3`."""
+    out: list[str] = []
+    for spec in specs:
+        name, number = spec.label, 1
+        while name in out:
+            number += 1
+            name = f"{spec.label}-{number}"
+        out.append(name)
+    return out
+
+
+def locate(spec: SourceSpec, root: Path) -> Path | None:
+    """The file or folder of a source: relative to the recipe's folder, then to the current one. None: a hub id.
+
+    Raises:
+        BadInput: there is nothing there and it does not look like a hub id; names the nearest existing file.
+    """
+    given = Path(spec.path).expanduser()
+    places = [given] if given.is_absolute() else [Path(root) / given, Path.cwd() / given]
+    for place in places:
+        if place.exists():
+            return place
+    parts = spec.path.split("/")
+    suffixes = {Path(spec.path).suffix, Path(spec.path.removesuffix(".gz")).suffix}
+    hub_like = len(parts) <= 2 and all(parts) and not given.is_absolute() and not suffixes & {*_SUFFIXES, ".gz", ".txt"}
+    if spec.format == "dataset" or (hub_like and len(parts) == 2 and spec.path[0] not in ".~" and not places[0].parent.is_dir()):
+        return None
+    folder = next((p.parent for p in places if p.parent.is_dir()), None)
+    near = difflib.get_close_matches(given.name, [p.name for p in folder.iterdir()], 1, 0.5) if folder else []
+    hint = f"; did you mean {(folder / near[0]).name!r} there?" if folder and near else ""
+    if folder is None:
+        hint = f"; the folder {given.parent} does not exist either"
+    if hub_like and len(parts) == 1:
+        hint += "; for a hub id without an owner add format: dataset"
+    looked = " and ".join(dict.fromkeys(str(p.parent) for p in places))
+    raise BadInput(f"no data at {spec.path!r} (looked in {looked}){hint}")
+
+
+def detect(path: Path, spec: SourceSpec) -> Format:
+    """The format of a file by its extension, and for JSON by its first bytes.
+
+    Raises:
+        BadInput: the extension says nothing.
+    """
+    if spec.format != "auto":
+        return spec.format
+    if path.is_dir():
+        return "dataset"
+    found = _SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if found is None:
+        with _open_binary(path) as file:
+            head = file.read(4).lstrip()
+        if head.startswith(b"PAR1"):
+            return "parquet"
+        if head[:1] in (b"{", b"["):
+            found = "json"
+        else:
+            raise BadInput(f"cannot tell the format of {path.name}; add format: jsonl, json, csv or parquet")
+    if found in ("json", "jsonl"):
+        return _json_kind(path, found)
+    return found
+
+
+def _json_kind(path: Path, named: Format) -> Format:
+    """Many `.json` files hold one object per line, and some `.jsonl` files hold one array."""
+    with _open_binary(path) as file:
+        first = b""
+        for line in file:
+            first = line.strip()
+            if first.startswith(b"\xef\xbb\xbf"):
+                first = first[3:].strip()
+            if first:
+                break
+    if first.startswith(b"["):
+        return "json"
+    if named == "json" and first.startswith(b"{"):
+        try:
+            whole = json.loads(first)
+        except ValueError:
+            return "json"
+        return "json" if isinstance(whole, dict) and isinstance(whole.get("data"), list) else "jsonl"
+    return named
+
+
+def read(spec: SourceSpec, root: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    """(line or row number from 1, row) of a source, in order; rows that cannot be parsed come as `Broken`.
+
+    Raises:
+        BadInput: nothing there, an empty file, or a file that is not of its format at all.
+    """
+    path = locate(spec, root)
+    rows = _read_path(path, spec) if path is not None else _read_dataset(spec.path, spec)
+    count = 0
+    for number, row in rows:
+        count += 1
+        yield number, row
+        if spec.limit is not None and count >= spec.limit:
+            return
+    if not count:
+        raise BadInput(f"{spec.path} has no rows")
+
+
+def _read_path(path: Path, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    if path.is_file() and path.stat().st_size == 0:
+        raise BadInput(f"{spec.path} is an empty file")
+    try:
+        kind = detect(path, spec)
+        if kind == "dataset":
+            yield from _read_dataset(str(path), spec)
+            return
+        if path.is_dir():
+            raise BadInput(f"{spec.path} is a folder, not a {kind} file; leave format out to read it through `datasets`")
+        yield from {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet}[kind](path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadInput(f"{spec.path} is not a complete gzip file: {error}; fetch it again") from None
+    except PermissionError:
+        raise BadInput(f"{spec.path} may not be read: permission denied") from None
+
+
+def _open_binary(path: Path) -> IO[bytes]:
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if path.name.endswith(".gz") or packed:
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return open(path, "rb")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    with _open_binary(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            yield number, _parse_line(line)
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | Broken:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Broken(BAD_UTF8, f"byte 0x{line[error.start]:02x} at {error.start}")
+    except json.JSONDecodeError as error:
+        return Broken(BROKEN_JSON, f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or brackets without end
+        return Broken(BROKEN_JSON, str(error))
+    return row if isinstance(row, dict) else Broken(NOT_A_ROW, f"a JSON {_json_name(row)}, not an object")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    with _open_binary(path) as file:
+        data = file.read()
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path.name} is not UTF-8: byte 0x{data[error.start]:02x} on line {line}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path.name}: broken JSON on line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path.name}: broken JSON: {error}") from None
+    rows = content
+    if isinstance(content, dict):
+        lists = [k for k, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        key = "data" if isinstance(content.get("data"), list) else lists[0] if len(lists) == 1 else None
+        if key in ("messages", "conversations"):
+            key = None
+        rows = content[key] if key else [content]
+    if not isinstance(rows, list):
+        raise BadInput(f"{path.name} holds a JSON {_json_name(content)}; a list of objects is needed")
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else Broken(NOT_A_ROW, f"a JSON {_json_name(row)}, not an object")
+
+
+def _json_name(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+    return names[type(value)]
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with _open_binary(path) as binary:
+        # Undecodable bytes become lone surrogates, so that one bad cell costs one row and not the file.
+        text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise BadInput(f"{path.name}: the header is not CSV: {error}") from None
+        if not header:
+            raise BadInput(f"{path.name} has no header line")
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise BadInput(f"{path.name} has the column {repeated[0]!r} more than once; rename one")
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.line_num, Broken(BROKEN_CSV, str(error))
+                continue
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield reader.line_num, Broken(BROKEN_CSV, f"{len(cells)} cells where the header has {len(header)}")
+            elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+                yield reader.line_num, Broken(BAD_UTF8, "bytes that are not UTF-8")
+            else:
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open_binary(path) as file:
+        # A gzipped parquet file cannot be read in parts.
+        origin: Any = str(path) if not isinstance(file, gzip.GzipFile) else pa.BufferReader(file.read())
+    try:
+        table = pq.ParquetFile(origin)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(f"{path.name} is not a parquet file: {error}") from None
+    number = 0
+    try:
+        for batch in table.iter_batches(batch_size=1024):
+            for row in _arrow_rows(batch):
+                number += 1
+                yield number, row
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(f"{path.name} is damaged after row {number}: {error}") from None
+
+
+def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | Broken]:
+    try:
+        yield from batch.to_pylist()
+        return
+    except (UnicodeDecodeError, ValueError):
+        pass
+    for k in range(batch.num_rows):  # find the row to blame
+        try:
+            yield batch.slice(k, 1).to_pylist()[0]
+        except (UnicodeDecodeError, ValueError) as error:
+            yield Broken(BAD_UTF8, str(error))
+
+
+def _read_dataset(name: str, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    yield from enumerate(_load_dataset(name, spec), 1)
+
+
+def _load_dataset(name: str, spec: SourceSpec) -> Any:
+    import datasets
+
+    folder = Path(name)
+    if folder.is_dir() and (folder / "dataset_info.json").is_file():
+        return datasets.load_from_disk(name)
+    if folder.is_dir() and (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(name)
+        if spec.split not in splits:
+            raise BadInput(f"{spec.path} has no split {spec.split!r}; it has {', '.join(splits)}")
+        return splits[spec.split]
+    try:
+        return datasets.load_dataset(name, spec.subset, split=spec.split)
+    except Exception as error:  # the library raises many kinds: no network, no such set, no such split, unreadable files
+        text = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"`datasets` could not read {spec.path!r} (split {spec.split!r}): {type(error).__name__}: {text}; "
+            "check the name, the split and the network, or give a local file"
+        ) from None
+
+
+def digest(spec: SourceSpec, root: Path) -> str:
+    """Fingerprint of a source's content: the file's bytes, a folder's files, or the hub data set's own fingerprint."""
+    path = locate(spec, root)
+    if path is None:
+        return fingerprint(["dataset", spec.path, spec.subset, spec.split, str(_load_dataset(spec.path, spec)._fingerprint)])
+    if path.is_file():
+        return digest_file(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return fingerprint([[str(p.relative_to(path)), digest_file(p)] for p in files])
