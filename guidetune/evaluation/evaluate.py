@@ -1,0 +1,408 @@
+"""evaluate(): put tasks to a model and keep every item's result.
+
+Each task is one artefact folder `<out>/<label>/` with `items.jsonl` (one line per item) and a manifest; it is reused when model,
+chat template, items, options and code are the same. A killed evaluation goes on from the items it had finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from guidetune.artefacts import derive_seed, digest_file, fingerprint, stage, write_text_atomic
+from guidetune.errors import BadInput, RunFailed
+from guidetune.evaluation.results import judge, summarise
+from guidetune.evaluation.statistics import paired
+from guidetune.evaluation.task import Item, Output, Task, TaskContext
+from guidetune.progress import Bar, progress
+from guidetune.registry import source_file
+
+if TYPE_CHECKING:
+    from guidetune.evaluation.scoring import Continuation
+    from guidetune.models.handle import ModelHandle
+
+ITEMS = "items.jsonl"
+OUTPUTS = "outputs.jsonl"
+
+
+class EvalSettings(BaseModel):
+    """How every task of an evaluation is run. A task's own `limit` and `max_new_tokens` come first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_tokens: PositiveInt = Field(16384, description="Rows x tokens of one batch, new tokens included; changes speed and memory only.")
+    max_new_tokens: PositiveInt | None = Field(None, description="Longest generated answer (default: the task's).")
+    samples: PositiveInt = Field(1, description="Generated answers per item; above 1 the score is Avg@k, with pass@k and maj@k.")
+    temperature: NonNegativeFloat = Field(0.0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
+    top_k: NonNegativeInt = Field(0, description="Sample from this many likeliest tokens; 0: all.")
+    seed: NonNegativeInt = Field(0, description="Seed of samples, of item limits and of bootstrap intervals.")
+    limit: PositiveInt | None = Field(None, description="At most this many items per task, drawn by the seed.")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvalSettings:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples = {self.samples} would all be the same at temperature 0; set temperature, e.g. 1.0")
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task with its label and the items it will put."""
+
+    label: str
+    task: Task
+    items: tuple[Item, ...]
+
+
+def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path = Path(".")) -> list[Planned]:
+    """Read the items of all tasks, without a model: call it before anything expensive starts.
+
+    Raises:
+        BadInput: labels that clash, files that cannot be read, rows that do not fit; all of them at once.
+    """
+    settings = settings or EvalSettings()
+    problems: list[str] = []
+    found: list[Planned] = []
+    for task in tasks:
+        label = task.label or task.default_label()
+        if not label.strip(". ") or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in label):
+            problems.append(f"task label {label!r} cannot be a file name; give another label")
+            continue
+        if any(other.label == label for other in found):
+            problems.append(f"two tasks are called {label!r}; give one of them a label")
+            continue
+        try:
+            items = _limited(task.items(TaskContext(Path(root))), task.limit or settings.limit, settings.seed)
+        except BadInput as error:
+            problems += error.problems
+            continue
+        if not items:
+            problems.append(f"task {label} has no items")
+        common = Counter(item.id for item in items).most_common(1)
+        if common and common[0][1] > 1:
+            problems.append(f"task {label}: {common[0][1]} items have the id {common[0][0]!r}; name a column of unique ids, or none")
+        found.append(Planned(label, task, tuple(items)))
+    if problems:
+        raise BadInput(problems)
+    return found
+
+
+def _limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """`limit` items by a hash of (seed, id), in file order: files are often sorted, so their first rows are no fair sample."""
+    if limit is None or len(items) <= limit:
+        return items
+    chosen = sorted(range(len(items)), key=lambda i: derive_seed(seed, "limit", items[i].id))[:limit]
+    return [items[i] for i in sorted(chosen)]
+
+
+def evaluate(
+    handle: ModelHandle,
+    tasks: Sequence[Task] | Sequence[Planned],
+    out: Path,
+    settings: EvalSettings | None = None,
+    root: Path = Path("."),
+) -> dict[str, dict[str, Any]]:
+    """Run every task on one model; `{label: TaskResult}`.
+
+    A TaskResult is `{"score", "ci": [lo, hi], "n", "metric", "higher_is_better", "metrics": {...}, "by": {"skill": {name: {"score", "n"}},
+    ...}, "items": file relative to `out`, "cost": {"seconds", "tokens", "cut"}}`. The item file has one line per item: `id, prompt, output,
+    reference, correct, meta` and what the task adds.
+
+    Raises:
+        BadInput: before the model is used: see `plan`; a chat task for a model without a chat template.
+        RunFailed: the model gives no numbers, or one row does not fit into memory.
+    """
+    settings = settings or EvalSettings()
+    plans = [task for task in tasks if isinstance(task, Planned)]
+    if len(plans) != len(tasks):
+        plans = plan(list(tasks), settings, root)  # type: ignore[arg-type]
+    if handle.chat is None and (asked := [one.label for one in plans if any(item.messages for item in one.items)]):
+        raise BadInput(f"{handle.spec} has no chat template, which {', '.join(asked)} need; give it the instruct model's template")
+    return {one.label: _run(handle, one, Path(out), settings) for one in plans}
+
+
+def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings) -> dict[str, Any]:
+    task = planned.task
+    samples = settings.samples if task.mode == "generate" else 1
+    new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens
+
+    def build(work: Path) -> dict[str, Any]:
+        store = _Store(work / OUTPUTS)
+        total = len(planned.items) * samples
+        with progress(f"evaluate {planned.label}", total=total, unit="items", done=len(store.done)) as bar:
+            ANSWER[task.mode](handle, planned, settings, new_tokens, store, bar)
+        lines, tokens, cut = [], 0, 0
+        for item in planned.items:
+            outputs = [store.done[item.id, sample] for sample in range(samples)]
+            tokens += sum(output.tokens for output in outputs)
+            cut += any(output.cut for output in outputs)
+            lines.append(judge(task, item, outputs))
+        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+        write_text_atomic(work / ITEMS, text)
+        store.remove()
+        return {**summarise(task, lines, samples, settings.seed), "cost": {"tokens": tokens, "cut": cut}}
+
+    options = {key: value for key, value in task.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
+    key: dict[str, Any] = {
+        "stage": "evaluate",
+        "code": code_version(type(task)),
+        "model": handle.fingerprint,
+        "dtype": str(handle.model.dtype),
+        "chat": handle.chat.digest if handle.chat is not None else None,
+        "task": options,
+        "items": fingerprint([_content(item) for item in planned.items]),
+        "seed": settings.seed,
+    }
+    if task.mode == "generate":
+        key |= {"new_tokens": new_tokens, "samples": samples, "temperature": settings.temperature}
+        if settings.temperature > 0:
+            key |= {"top_p": settings.top_p, "top_k": settings.top_k}
+    done = stage(out / planned.label, key, build)
+    cost = {"seconds": done.seconds, **done.result["cost"]}
+    return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
+
+
+def _content(item: Item) -> list[Any]:
+    return [item.id, [dict(message) for message in item.messages], item.text, item.reference, item.choices, dict(item.meta)]
+
+
+@cache
+def code_version(task: type[Task]) -> str:
+    """Digest of the files that decide a task's result: this package's modules and the task's own."""
+    files = set(Path(__file__).parent.glob("*.py"))
+    files |= {source_file(cls) for cls in task.__mro__ if issubclass(cls, Task)}
+    return fingerprint(sorted(digest_file(file) for file in files))
+
+
+class _Store:
+    """Finished outputs of a running evaluation, one JSON line each; what a killed one had written is read back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[tuple[str, int], Output] = {}
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]  # a kill may have cut the last line
+        for line in whole.splitlines():
+            row = json.loads(line)
+            key = (row.pop("id"), row.pop("sample"))
+            row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
+            row["windows"] = tuple((nll, count) for nll, count in row["windows"])
+            self.done[key] = Output(**row)
+        self._file = open(path, "wb")
+        self._file.write(whole)
+        self._file.flush()
+
+    def add(self, item: Item, output: Output, sample: int = 0) -> None:
+        self.done[item.id, sample] = output
+        self._file.write(json.dumps({"id": item.id, "sample": sample, **asdict(output)}).encode() + b"\n")
+        self._file.flush()
+
+    def remove(self) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def open_items(self, items: Iterable[Item]) -> list[Item]:
+        return [item for item in items if (item.id, 0) not in self.done]
+
+
+def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new_tokens: int, store: _Store, bar: Bar) -> None:
+    from guidetune.evaluation.generation import Sampling, context_length, generate
+
+    sampling = None
+    if settings.temperature > 0:
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k)
+    jobs = [(item, s) for item in planned.items for s in range(settings.samples) if (item.id, s) not in store.done]
+    asked = list({item.id: item for item, _ in jobs}.values())
+    prompts = dict(zip((item.id for item in asked), _prompts(handle, asked), strict=True))
+    completions = generate(
+        handle.model,
+        [prompts[item.id] for item, _ in jobs],
+        max_new_tokens=new_tokens,
+        stop=_stops(handle),
+        batch_tokens=settings.batch_tokens,
+        sampling=sampling,
+        seeds=[derive_seed(settings.seed, "sample", item.id, s) for item, s in jobs] if sampling else None,
+        context=context_length(handle.model),
+        tick=lambda rows, _: bar.advance(rows) if rows else None,
+    )
+    for place, completion in completions:
+        item, sample = jobs[place]
+        text = handle.tokenizer.decode(list(completion.tokens), skip_special_tokens=True)
+        store.add(item, Output(text, len(completion.tokens), completion.finished, completion.cut), sample)
+
+
+def _prompts(handle: ModelHandle, items: Sequence[Item]) -> list[list[int]]:
+    if handle.chat is not None and all(item.messages for item in items):
+        return handle.chat.prompts([item.messages for item in items])
+    return [handle.tokenizer(item.text)["input_ids"] if item.text is not None else handle.chat.prompt(item.messages) for item in items]  # type: ignore[union-attr]
+
+
+def _stops(handle: ModelHandle) -> list[int]:
+    if handle.chat is not None:
+        return handle.chat.stop_token_ids
+    return [handle.tokenizer.eos_token_id] if handle.tokenizer.eos_token_id is not None else []
+
+
+def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+    from guidetune.evaluation.generation import context_length
+    from guidetune.evaluation.scoring import continuation_log_probs
+
+    context = context_length(handle.model)
+    for items in _slices(store.open_items(planned.items)):
+        documents, cuts = _fit(_continuations(handle, items), context)
+        scores = continuation_log_probs(handle.model, documents, batch_tokens=settings.batch_tokens, tick=lambda rows, _: bar.advance(rows))
+        for item, choices, cut in zip(items, scores, cuts, strict=True):
+            loglik = tuple(sum(values) for values in choices)
+            _expect_numbers(loglik, item)
+            store.add(item, Output(loglik=loglik, cut=cut))
+
+
+def _slices(items: list[Item], size: int = 1024) -> Iterable[list[Item]]:
+    """Large enough to sort by length, small enough that a killed evaluation loses little."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Continuation]]:
+    """Each item's choices as continuations: after the assistant header in a chat, after a space in plain text."""
+    from guidetune.data.chat import Refused
+    from guidetune.evaluation.scoring import Continuation
+
+    documents: list[list[Continuation]] = []
+    chats = [[*item.messages, {"role": "assistant", "content": choice}] for item in items if item.messages for choice in item.choices or ()]
+    encoded = iter(handle.chat.encode_many(chats) if handle.chat is not None else ())
+    for item in items:
+        document = []
+        for choice in item.choices or ():
+            if item.messages:
+                row = next(encoded)
+                if isinstance(row, Refused):
+                    raise BadInput(f"task item {item.id}, choice {choice!r}: {row.reason}: {row.detail}")
+                # The choice is what training would learn, without the stop token.
+                end = max(place for place, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
+                document.append(Continuation(tuple(row.input_ids[:end]), row.prompt_length))
+            else:
+                before = handle.tokenizer(item.text)["input_ids"]
+                whole = handle.tokenizer(f"{item.text} {choice}")["input_ids"]
+                if not before:
+                    start = _first_token(handle)
+                    before, whole = [start], [start, *whole]
+                document.append(Continuation(tuple(whole), min(len(before), len(whole) - 1)))
+        documents.append(document)
+    return documents
+
+
+def _fit(documents: list[list[Continuation]], context: int | None) -> tuple[list[list[Continuation]], list[int]]:
+    """Cut contexts that are too long from the middle; (documents, tokens cut from each)."""
+    from guidetune.evaluation.generation import cut_middle
+    from guidetune.evaluation.scoring import Continuation
+
+    fitted, cuts = [], []
+    for document in documents:
+        room = max(1, context - max(len(choice.ids) - choice.start for choice in document)) if context is not None else None
+        cut = 0
+        kept = []
+        for choice in document:
+            if room is not None and choice.start > room:
+                cut = choice.start - room
+                choice = Continuation((*cut_middle(choice.ids[: choice.start], room), *choice.ids[choice.start :]), room)
+            kept.append(choice)
+        fitted.append(kept)
+        cuts.append(cut)
+    return fitted, cuts
+
+
+def _first_token(handle: ModelHandle) -> int:
+    for token in (handle.tokenizer.bos_token_id, handle.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise BadInput(f"the tokenizer of {handle.spec} has neither BOS nor EOS, so nothing can predict the first token of a text")
+
+
+def _nll(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+    from guidetune.evaluation.generation import context_length
+    from guidetune.evaluation.scoring import target_log_probs
+
+    context = context_length(handle.model)
+    for items in _slices(store.open_items(planned.items)):
+        rows: list[list[int]] = []
+        targets: list[list[int]] = []
+        owners: list[tuple[int, int]] = []  # item, tokens cut
+        for place, item in enumerate(items):
+            for row, wanted, cut in _nll_rows(handle, planned.task, item, context):
+                rows.append(row)
+                targets.append(wanted)
+                owners.append((place, cut))
+        scores = target_log_probs(handle.model, rows, targets, batch_tokens=settings.batch_tokens)
+        parts: list[list[tuple[float, int]]] = [[] for _ in items]
+        cuts = [0] * len(items)
+        for (place, cut), values in zip(owners, scores, strict=True):
+            parts[place].append((-sum(values), len(values)))
+            cuts[place] += cut
+        for item, windows, cut in zip(items, parts, cuts, strict=True):
+            nll, tokens = sum(nll for nll, _ in windows), sum(count for _, count in windows)
+            _expect_numbers([nll], item)
+            store.add(item, Output(nll=nll, tokens=tokens, cut=cut, windows=tuple(windows) if len(windows) > 1 else ()))
+        bar.advance(len(items))
+
+
+def _nll_rows(handle: ModelHandle, task: Task, item: Item, context: int | None) -> Iterable[tuple[list[int], list[int], int]]:
+    """(ids, target positions, tokens cut) of an item: one row of a conversation, or the windows of a text."""
+    from guidetune.data.chat import Refused
+    from guidetune.evaluation.scoring import rolling_windows
+
+    if item.text is not None:
+        length = getattr(task, "window", None) or context or 2048
+        tokens = handle.tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not tokens:
+            raise BadInput(f"task item {item.id} has no tokens")
+        for ids, scored in rolling_windows(tokens, _first_token(handle), min(length, context or length)):
+            yield ids, list(range(len(ids) - scored, len(ids))), 0
+        return
+    assert handle.chat is not None
+    row = handle.chat.encode(item.messages)
+    length = min(getattr(task, "max_length", None) or context or len(row.input_ids), context or len(row.input_ids))
+    fitted = handle.chat.cut(item.messages, row, length, cut_answer=True)
+    if isinstance(fitted, Refused):
+        raise BadInput(f"task item {item.id}: {fitted.reason}: {fitted.detail}; raise max_length")
+    encoded, cut = fitted
+    yield encoded.input_ids, [place for place, target in enumerate(encoded.target) if target], cut
+
+
+def _expect_numbers(values: Iterable[float], item: Item) -> None:
+    if any(value != value for value in values):
+        raise RunFailed(f"the model's log-probabilities on item {item.id} are not numbers (NaN): its weights are damaged")
+
+
+# How a model answers, by the task's mode.
+ANSWER: dict[str, Callable[..., None]] = {"generate": _generate, "loglik": _loglik, "nll": _nll}
+
+
+def read_items(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The item lines of a TaskResult that was written below `out`."""
+    return [json.loads(line) for line in (Path(out) / result["items"]).read_text(encoding="utf-8").splitlines()]
+
+
+def paired_results(a_out: Path, a: dict[str, Any], b_out: Path, b: dict[str, Any]) -> dict[str, Any]:
+    """`statistics.paired` of two TaskResults of the same task, items matched by id; per-token results are weighted by tokens.
+
+    `diff` is in the unit of the score (for perplexity: of `nll_per_token`).
+
+    Raises:
+        BadInput: the two were not evaluated on the same items.
+    """
+    left = {line["id"]: line for line in read_items(a_out, a)}
+    right = {line["id"]: line for line in read_items(b_out, b)}
+    if left.keys() != right.keys() or a["metric"] != b["metric"]:
+        raise BadInput(f"{a['items']} and {b['items']} are not results of the same items; evaluate both with the same tasks and settings")
+    x = [left[key]["correct"] for key in left]
+    y = [right[key]["correct"] for key in left]
+    weights = [left[key]["tokens"] for key in left] if "nll" in next(iter(left.values())) else None
+    return paired(x, y, weights, a["higher_is_better"])

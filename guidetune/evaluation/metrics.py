@@ -1,0 +1,143 @@
+"""Numbers computed from per-item results. Pure functions; each names its formula."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import comb, exp, log
+from typing import Any
+
+import numpy as np
+
+from guidetune.evaluation.answers import normal_text
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased pass@k of n samples with c right: `1 - C(n-c, k) / C(n, k)` (arXiv 2107.03374)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
+    """Index of the first sample of the largest group of equivalent answers; ties go to the earliest group.
+
+    Answers that could not be parsed (None) never vote; None when there is no vote at all.
+    """
+    groups: list[list[int]] = []
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        for group in groups:
+            first = answers[group[0]]
+            if answer == first or same(str(first), answer):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return max(groups, key=len)[0] if groups else None
+
+
+def calibration_error(confidence: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
+    """Expected calibration error over `bins` equal bins (lo, hi]: `sum_b n_b/N |acc_b - conf_b|`."""
+    conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if conf.size == 0:
+        return float("nan")
+    place = np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), conf, side="left") - 1, 0, bins - 1)
+    total = sum(abs(right[place == b].sum() - conf[place == b].sum()) for b in range(bins))
+    return float(total / conf.size)
+
+
+def choice_scores(loglik: Sequence[float], choices: Sequence[str]) -> dict[str, int]:
+    """The index chosen by log-likelihood (`acc`), per character (`acc_norm`) and per UTF-8 byte (`acc_bytes`); ties go to the first."""
+
+    def best(values: Sequence[float]) -> int:
+        return max(range(len(values)), key=lambda i: (values[i], -i))
+
+    return {
+        "acc": best(loglik),
+        "acc_norm": best([ll / max(1, len(c)) for ll, c in zip(loglik, choices, strict=True)]),
+        "acc_bytes": best([ll / max(1, len(c.encode())) for ll, c in zip(loglik, choices, strict=True)]),
+    }
+
+
+def softmax(values: Sequence[float]) -> list[float]:
+    top = max(values)
+    powers = [exp(v - top) for v in values]
+    return [p / sum(powers) for p in powers]
+
+
+def truthful_mass(loglik: Sequence[float], true: Sequence[bool]) -> float:
+    """TruthfulQA MC2 (arXiv 2109.07958): share of probability on true answers, `p = exp(ll)`, no length norm."""
+    return sum(p for p, t in zip(softmax(loglik), true, strict=True) if t)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """`exp(nll / tokens)`, nll in nats; infinite when it overflows."""
+    try:
+        return exp(nll / tokens)
+    except OverflowError:
+        return float("inf")
+
+
+def bits_per_byte(nll: float, size: int) -> float:
+    """`nll / (bytes ln 2)`: comparable between tokenizers."""
+    return nll / (size * log(2))
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 when the prediction equals a reference in lower case, without punctuation; articles are kept (Super-NaturalInstructions)."""
+    return float(any(normal_text(prediction) == normal_text(reference) for reference in references))
+
+
+def rouge_l(prediction: str, references: Sequence[str], tokenize: Callable[[str], list[str]] | None = None) -> float:
+    """ROUGE-L F1 with stemming, the largest over the references.
+
+    The default tokenizer keeps only a-z and 0-9: give `tokenize` (a model tokenizer's, say) for other scripts.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class Tokenizer:
+        def tokenize(self, text: str) -> list[str]:
+            assert tokenize is not None
+            return tokenize(text)
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True, tokenizer=Tokenizer() if tokenize else None)
+    return max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def squad_f1(prediction: str, references: Sequence[str]) -> float:
+    """Token-multiset F1 after SQuAD's normalisation (articles dropped), the largest over the references."""
+
+    def f1(reference: str) -> float:
+        a, b = normal_text(prediction, articles=False).split(), normal_text(reference, articles=False).split()
+        shared = sum((Counter(a) & Counter(b)).values())
+        if not a or not b:
+            return float(a == b)
+        return 2 * shared / (len(a) + len(b))
+
+    return max(f1(reference) for reference in references)
+
+
+def translation(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, Any]:
+    """Corpus BLEU (exponential smoothing), chrF2, chrF++ and TER with their sacrebleu signatures; zh, ja and ko need their `tokenize`."""
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    scorers = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF(), "chrf++": CHRF(word_order=2), "ter": TER()}
+    scores = {name: scorer.corpus_score(list(hypotheses), [list(references)]).score for name, scorer in scorers.items()}
+    return {**scores, "signatures": {name: str(scorer.get_signature()) for name, scorer in scorers.items()}}
+
+
+def forgetting(scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Continual-learning summary of R[i][j], the score on task j after stage i (T x T, entries above the diagonal are ignored).
+
+    `average = mean_j R[T,j]`; `backward_transfer = mean_{j<T} (R[T,j] - R[j,j])`;
+    `forgetting = mean_{j<T} (max_{j<=i<T} R[i,j] - R[T,j])`.
+    """
+    last = len(scores) - 1
+    old = range(last)
+    return {
+        "average": float(np.mean([scores[last][j] for j in range(last + 1)])),
+        "backward_transfer": float(np.mean([scores[last][j] - scores[j][j] for j in old])) if last else 0.0,
+        "forgetting": float(np.mean([max(scores[i][j] for i in range(j, last)) - scores[last][j] for j in old])) if last else 0.0,
+    }

@@ -1,0 +1,15 @@
+"""MedMCQA: Indian medical entrance questions with lettered options (arXiv 2203.14371)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from guidetune.evaluation.tasks.mcq import MultipleChoice
+from guidetune.registry import method
+
+
+@method(kind="task", name="medmcqa", paper="2203.14371", summary="Indian medical entrance questions with lettered options.")
+class MedMCQA(MultipleChoice):
+    """`mcq` with the prompt of lm-evaluation-harness."""
+
+    template: str = Field("Question: {question}\nChoices:\n{choices}\nAnswer:", description="Prompt; {column} is replaced.")

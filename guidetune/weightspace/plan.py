@@ -1,0 +1,218 @@
+"""The plan of a merge, as written in YAML, and its execution.
+
+anchor: world:instruct                 # what is written = anchor + combined deltas
+sources:
+  - {adapter: runs/x/adapter, of: world:base, weight: 1.0}
+  - {model: M, minus: B, weight: 0.5}
+method: sum                            # or {method: task_arithmetic, scale: 0.4}
+out_dtype: float32
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+
+from guidetune.artefacts import StageResult
+from guidetune.errors import BadInput
+from guidetune.weightspace.apply import transfer
+from guidetune.weightspace.sources import Delta, Difference, LoraDelta, WeightedSum
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    weight: Finite = Field(1.0, description="What the delta is multiplied by.")
+
+
+class AdapterSource(Part):
+    """A LoRA adapter; its delta is (alpha / r) B A."""
+
+    adapter: str = Field(description="Adapter folder.")
+    of: str | None = Field(None, description="The model it was trained on; by default the one it records.")
+    saved_modules: bool = Field(False, description="Also add what modules_to_save hold, as the difference to the base.")
+
+
+class ModelSource(Part):
+    """A full model minus the model it was tuned from."""
+
+    model: str = Field(description="The tuned model.")
+    minus: str = Field(description="The model it was tuned from.")
+    include: str | list[str] | None = Field(None, description="'projections', or glob patterns of parameter names; default all.")
+
+
+class Sum(BaseModel):
+    """anchor + sum_i weight_i delta_i."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Literal["sum"] = "sum"
+
+
+class TaskArithmetic(BaseModel):
+    """anchor + scale * sum_i weight_i delta_i (arXiv 2212.04089)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Literal["task_arithmetic"] = "task_arithmetic"
+    scale: Finite = Field(1.0, description="One factor for the summed deltas.")
+
+
+METHODS = {"sum": Sum, "task_arithmetic": TaskArithmetic}
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return "adapter" if "adapter" in value else "model" if "model" in value or "minus" in value else None
+    return "adapter" if isinstance(value, AdapterSource) else "model"
+
+
+Source = Annotated[Annotated[AdapterSource, Tag("adapter")] | Annotated[ModelSource, Tag("model")], Discriminator(_kind)]
+
+
+class MergePlan(BaseModel):
+    """What to write: `anchor` + the combined deltas of `sources`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
+    sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
+    method: Sum | TaskArithmetic = Field(default_factory=Sum, description="How the deltas are combined.")
+    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    max_shard: int | str = "5GB"
+    seed: int = 0
+    allow_mismatch: bool = Field(False, description="Write even when models do not fit together.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        options = {"method": value} if isinstance(value, str) else value
+        if not isinstance(options, dict) or "method" not in options:
+            return value
+        name = options["method"]
+        if name not in METHODS:
+            near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(METHODS)}"
+            raise ValueError(f"no merge method {name!r}; {hint}")
+        return METHODS[name].model_validate(options)
+
+
+def load_plan(path: str | Path) -> MergePlan:
+    """Read a plan file. Raises BadInput with every fault, its line and its value."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+    plan = parse_plan(text, path.name)
+    sources = [_beside(part, path.parent) for part in plan.sources]
+    return plan.model_copy(update={"sources": sources, "anchor": _place(plan.anchor, path.parent)})
+
+
+def parse_plan(text: str, name: str = "plan") -> MergePlan:
+    """A plan from YAML text; `name` is what errors call it."""
+    try:
+        data = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise BadInput(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"{name}: a plan is a mapping with anchor and sources, not {type(data).__name__}")
+    try:
+        return MergePlan.model_validate(data)
+    except ValidationError as error:
+        raise BadInput(list(_faults(error, root, name))) from None
+
+
+def merge(
+    plan: MergePlan | str | Path, out: str | Path, verify: str = "auto", verify_rows: Sequence[Sequence[int]] | None = None
+) -> StageResult:
+    """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
+    plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
+    deltas: list[tuple[float, Delta]] = []
+    problems: list[str] = []
+    for part in plan.sources:
+        try:
+            if isinstance(part, AdapterSource):
+                deltas.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
+            else:
+                deltas.append((part.weight, Difference(part.model, part.minus, part.include)))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    # A single delta is applied as itself: its check on probe texts then goes through peft.
+    scale = plan.method.scale if isinstance(plan.method, TaskArithmetic) else 1.0
+    delta: Delta = WeightedSum(deltas)
+    if len(deltas) == 1:
+        scale, delta = scale * deltas[0][0], deltas[0][1]
+    try:
+        return transfer(
+            delta,
+            plan.anchor,
+            out,
+            scale=scale,
+            dtype=plan.out_dtype,
+            max_shard=plan.max_shard,
+            rounding=plan.rounding,
+            seed=plan.seed,
+            allow_mismatch=plan.allow_mismatch,
+            verify=verify,
+            verify_rows=verify_rows,
+        )
+    finally:
+        delta.close()
+
+
+def _place(spec: str, root: Path) -> str:
+    """A relative folder is looked for here first, then beside the plan."""
+    beside = root / spec
+    return str(beside) if not spec.startswith("world:") and not Path(spec).exists() and beside.exists() else spec
+
+
+def _beside(part: AdapterSource | ModelSource, root: Path) -> AdapterSource | ModelSource:
+    fields = ("adapter", "of") if isinstance(part, AdapterSource) else ("model", "minus")
+    return part.model_copy(update={name: _place(value, root) for name in fields if (value := getattr(part, name))})
+
+
+def _faults(error: ValidationError, root: yaml.Node | None, name: str) -> Iterator[str]:
+    for fault in error.errors():
+        loc = tuple(step for step in fault["loc"] if step not in ("Sum", "TaskArithmetic"))
+        if len(loc) > 2 and loc[0] == "sources":
+            loc = loc[:2] + loc[3:]  # without the tag of the union
+        line, path = _line(root, loc), ".".join(str(step) for step in loc)
+        text = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "union_tag_not_found":
+            text = "a source has either adapter, or model and minus"
+        if fault["type"] == "extra_forbidden":
+            model = MergePlan if len(loc) == 1 else AdapterSource if "adapter" in fault["loc"] else ModelSource
+            near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0.5)
+            text = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there is {', '.join(model.model_fields)}"
+        given = fault.get("input")
+        shown = isinstance(given, (str, int, float)) and fault["type"] not in ("missing", "value_error")
+        value = f" (given {given!r})" if shown else ""
+        yield f"{name}:{line}: {path}: {text}{value}"
+
+
+def _line(node: yaml.Node | None, loc: Sequence[str | int]) -> int:
+    """The 1-based line of a place in the document, or of its nearest enclosing one."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for step in loc:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {key.value: (key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+            if str(step) not in pairs:
+                break
+            key, node = pairs[str(step)]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
