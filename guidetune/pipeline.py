@@ -155,6 +155,7 @@ class _Job:
     _plans: dict[str, list[Planned]] = field(default_factory=dict)
     _evaluated: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     _folders: dict[str, Path] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     # -- before anything expensive ------------------------------------------------------------------------------------
 
@@ -302,7 +303,9 @@ class _Job:
         summary = {**done.result, "teacher": self._spec(teacher), "seconds": done.seconds}
         if not self.guidance:
             self.guidance = summary
-        _say_confidence(summary)
+        if teacher not in self._told:
+            self._told.add(teacher)
+            _say_confidence(summary)
         return Guidance.open(done.path)
 
     def guide_first(self, arms: Mapping[str, Recipe]) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from guidetune.engine.loop import FitResult, Objective, fit
-from guidetune.engine.settings import TuneSettings
+from importlib import import_module
+from typing import Any
 
-__all__ = ["FitResult", "Objective", "TuneSettings", "fit"]
+# Loaded when first used: a recipe needs the settings, not torch.
+_PUBLIC = {"fit": "loop", "FitResult": "loop", "Objective": "loop", "TuneSettings": "settings"}
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"guidetune.engine.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'guidetune.engine' has no attribute {name!r}")

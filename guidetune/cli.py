@@ -1,0 +1,512 @@
+"""The `guidetune` command: each verb calls one public function, imported when the verb runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from guidetune.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from guidetune.recipe import Recipe
+
+app = typer.Typer(
+    name="guidetune",
+    help="Specialise an instruction-tuned language model on a task without breaking it, and see the evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+world_app = typer.Typer(help="The embedded world: a small base/instruct pair and its tasks.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(world_app, name="world")
+
+GLOBAL_FLAGS = ("--debug", "-v", "--verbose", "-q", "--quiet")
+_debug = False
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML); docs/recipe.md describes it.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. tune.lr=1e-4. May be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: runs/ and the recipe's name.")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and exit codes
+
+
+def verb(function: Callable[..., int | None]) -> Callable[..., None]:
+    """A verb with guidetune's exit codes: 0 ok, 1 failed run, 2 bad input, 130 interrupted; no traceback unless --debug."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        code: int | None = 0
+        try:
+            code = function(*args, **kwargs)
+            sys.stdout.flush()
+        except (BadInput, RunFailed) as error:
+            if _debug:
+                raise
+            _fail(str(error) or type(error).__name__)
+            code = error.exit_code
+        except BrokenPipeError:
+            # The reader of our output has gone (`| head`): nothing to say, and nobody to say it to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+        except KeyboardInterrupt:
+            _fail("interrupted. What is finished is kept; run the same command to continue.")
+            code = 130
+        except MemoryError:
+            if _debug:
+                raise
+            _fail("out of memory; lower tune.micro_tokens, guide.batch_tokens or evaluate.batch_tokens. What is finished is kept.")
+            code = 1
+        except Exception as error:
+            if _debug:
+                raise
+            _fail(f"{_what(error)}\nThis is unexpected; `guidetune --debug ...` shows where it happened.")
+            code = 1
+        raise typer.Exit(code or 0)
+
+    return run
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _fail(text: str) -> None:
+    lines = text.splitlines()
+    try:
+        print(f"error: {lines[0]}" if len(lines) == 1 else "error:\n  " + "\n  ".join(lines), file=sys.stderr, flush=True)
+    except OSError:
+        pass  # standard error is closed too
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
+    # The global flags may stand anywhere, also behind the verb.
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    flags = [a for i, a in enumerate(own) if a in GLOBAL_FLAGS and (i == 0 or own[i - 1] not in ("--prompt", "--system"))]
+    rest = [a for i, a in enumerate(own) if a not in GLOBAL_FLAGS or (i > 0 and own[i - 1] in ("--prompt", "--system"))]
+    app(flags + rest + arguments[len(own) :], prog_name="guidetune")
+    sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from guidetune import __version__
+
+        print(f"guidetune {__version__}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if debug:
+        os.environ["GUIDETUNE_DEBUG"] = "1"
+    from guidetune import threads
+    from guidetune.progress import set_verbosity
+
+    threads.settle()
+    set_verbosity(1 if verbose else -1 if quiet else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@app.command()
+@verb
+def demo(out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")] = Path("runs/demo")) -> None:
+    """Compare the methods on the embedded pair, offline."""
+    from guidetune import pipeline
+
+    _show_run(lambda: pipeline.demo(out), out)
+
+
+@app.command()
+@verb
+def run(recipe: RecipeFile, sets: Sets = None, out: Out = None) -> None:
+    """Execute a recipe; running again continues.
+
+    Prepare the data, ask the teacher, tune, transfer, evaluate, report.
+    """
+    loaded = _load(recipe, sets)
+    folder = _out(out, loaded)
+    from guidetune import pipeline
+
+    _show_run(lambda: pipeline.run(loaded, folder), folder)
+
+
+@app.command()
+@verb
+def compare(
+    recipe: RecipeFile,
+    arms: Annotated[str, typer.Option("--arms", metavar="A,B,...", help="Arms, separated by commas.")] = "instruct,sft,graft,gift",
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat every tuned arm with N seeds.")] = 1,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Execute several arms of a recipe side by side.
+
+    All have the same data, budget and seeds. Arms: instruct, base-sft, sft, graft, gift, gift-base, guided, dft, stm and the
+    recipe's own.
+    """
+    from guidetune.recipe import arms as arm_recipes
+
+    loaded = _load(recipe, sets)
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    arm_recipes(loaded, names)  # a wrong name is said before anything heavy is loaded
+    folder = _out(out, loaded)
+    from guidetune import pipeline
+
+    _show_run(lambda: pipeline.compare(loaded, names, folder, seeds=seeds), folder)
+
+
+@app.command()
+@verb
+def data(
+    recipe: RecipeFile,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Rows to show token by token.")] = 3,
+    export: Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Write the encoded rows as JSON lines.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Audit the data of a recipe.
+
+    What became of every row, the tokens that are learnt, lengths, stop tokens, duplicates and leaks.
+    """
+    loaded = _load(recipe, sets)
+    from guidetune import pipeline
+
+    place = _out(out, loaded)
+    folder = pipeline.prepare_data(loaded, place).path
+    from guidetune.data import view
+
+    guidance = _guidance_of(place, folder)
+    _print(view.audit(folder, show=show, guidance=guidance, test_texts=_test_prompts(loaded)))
+    if export is not None:
+        count = view.export(folder, export, guidance)
+        print(f"{count:,} rows written to {export}")
+    print(f"data: {folder}")
+
+
+@app.command()
+@verb
+def guide(
+    recipe: RecipeFile,
+    export: Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Write the scores as JSON lines.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Only the teacher pass of a recipe.
+
+    How confident the instruct model is in the targets.
+    """
+    loaded = _load(recipe, sets)
+    from guidetune import pipeline
+
+    _print(pipeline.guide(loaded, _out(out, loaded), export=export))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@app.command()
+@verb
+def merge(
+    plan: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A merge plan (YAML).", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the new model.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="Instead of a plan: an adapter folder ...")] = None,
+    into: Annotated[str | None, typer.Option("--into", metavar="MODEL", help="... and the model that receives it.")] = None,
+    scale: Annotated[float, typer.Option("--scale", help="The change is multiplied by this.")] = 1.0,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the written weights.")] = "auto",
+) -> None:
+    """Write a model from adapters and models."""
+    problems = []
+    if (plan is None) == (adapter is None):
+        problems.append("merge: give either a PLAN or --adapter DIR --into MODEL")
+    elif adapter is not None and into is None:
+        problems.append("merge --adapter: name the model that receives it with --into MODEL")
+    elif plan is not None and (into is not None or scale != 1.0 or dtype != "auto"):
+        problems.append("merge PLAN: --into, --scale and --dtype belong to --adapter; write them into the plan")
+    if out is None:
+        problems.append("merge: name the new folder with --out DIR")
+    if problems:
+        raise BadInput(problems)
+    if plan is not None:
+        from guidetune.weightspace.plan import merge as merge_plan
+
+        result = merge_plan(plan, out)
+    else:
+        from guidetune.weightspace.apply import transfer
+
+        result = transfer(adapter, into, out, scale=scale, dtype=dtype)
+    print(f"model: {getattr(result, 'path', None) or out}")
+
+
+@app.command("eval")
+@verb
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, adapter folder, hub id or world:instruct.", show_default=False)],
+    tasks: Annotated[
+        list[str], typer.Option("--tasks", metavar="A,B", help="Tasks: gsm8k, gsm8k:path=F,limit=100 or {method: gsm8k, path: F}.")
+    ],
+    data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="File of the task, or folder with a file for each.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An evaluation setting, e.g. limit=100 or max_new_tokens=256.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: runs/eval-MODEL.")] = None,
+) -> None:
+    """Score a model on tasks."""
+    from guidetune.recipe import evaluation
+
+    section = evaluation(tasks, data, sets or ())
+    from guidetune import pipeline
+
+    folder = out or Path("runs") / ("eval-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model).strip("-"))
+    results = pipeline.evaluate_model(model, section, folder)
+    _print(_score_table(results))
+    print(f"results: {folder}")
+
+
+@app.command()
+@verb
+def chat(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One model, or several side by side.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this once and leave.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of sampling.")] = 42,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Talk to one or several models.
+
+    Reads lines from standard input. /reset, /system TEXT, /help, /quit.
+    """
+    from guidetune.chat import Answering
+    from guidetune.chat import chat as talk
+
+    talk(models, prompt, system, Answering(max_new_tokens, temperature, seed), dtype, device)
+
+
+@app.command()
+@verb
+def doctor(
+    base: Annotated[str, typer.Argument(help="The base model.", show_default=False)],
+    instruct: Annotated[str, typer.Argument(help="The instruct model.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write the findings as JSON.")] = None,
+) -> int:
+    """May this pair be used together? Exit code 1 when not."""
+    from guidetune.models.pair import check_pair, render_doctor
+
+    report = check_pair(base, instruct)
+    if out is not None:
+        from guidetune.artefacts import write_json
+
+        write_json(out, {"problems": report.problems, "warnings": report.warnings, "facts": report.facts})
+    _print(render_doctor(report))
+    return 1 if report.problems else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is
+
+
+@app.command()
+@verb
+def methods(name: Annotated[str | None, typer.Argument(help="A method, a kind, or kind/name.", show_default=False)] = None) -> None:
+    """List the methods, or the options of one."""
+    from guidetune import reference, registry
+
+    if name is None or name in registry.KINDS:
+        _print(_method_list(list(reference.methods(name))))
+        print("guidetune methods NAME shows the options of one.")
+        return
+    for cls in reference.find(name):
+        _print(_method_page(cls))
+
+
+@world_app.command("export")
+@verb
+def world_export(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.", show_default=False)]) -> None:
+    """Write base/ and instruct/ as ordinary model folders, and the task files."""
+    from guidetune import world
+
+    for name, path in world.export(folder).items():
+        print(f"{name:<24} {path}")
+
+
+@world_app.command("describe")
+@verb
+def world_describe() -> None:
+    """What the world holds: its tasks, and what the pair scores on them."""
+    import json
+
+    from guidetune import world
+
+    described = world.describe()
+    from rich.table import Table
+
+    table = Table("set", "category", "definition", box=None, pad_edge=False, header_style="bold")
+    for name, one in described["sets"].items():
+        table.add_row(name, one["category"], one["definition"])
+    _print(table)
+    if described["report"] is not None:
+        print("\n" + json.dumps(described["report"], indent=1, ensure_ascii=False))
+
+
+@world_app.command("build")
+@verb
+def world_build(
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: the package's own weights.")] = None,
+) -> None:
+    """Make the pair again from its seed (takes long)."""
+    from guidetune import world
+
+    world.build(out)
+    from guidetune.world.export import WEIGHTS
+
+    print(f"world: {out or WEIGHTS}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+def _load(path: Path, sets: list[str] | None) -> Recipe:
+    from guidetune.recipe import load
+
+    return load(path, sets or ())
+
+
+def _out(out: Path | None, recipe: Recipe) -> Path:
+    return out if out is not None else Path("runs") / recipe.name
+
+
+def _show_run(work: Callable[[], Path], folder: Path) -> None:
+    """Do a run, then show its table and where its report is; also when some of its arms failed."""
+    began = time.time()
+    try:
+        folder = work()
+    except RunFailed:
+        if _written_since(folder / "results.json", began):
+            _show_results(folder)
+        raise
+    _show_results(folder)
+
+
+def _written_since(path: Path, began: float) -> bool:
+    try:
+        return path.stat().st_mtime >= began - 2  # some file systems keep whole seconds
+    except OSError:
+        return False
+
+
+def _show_results(folder: Path) -> None:
+    from guidetune.artefacts import read_json
+    from guidetune.report.tables import arms_table
+
+    _print(arms_table(read_json(folder / "results.json")))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _guidance_of(run: Path, data: Path) -> Any:
+    """The run's teacher pass over these rows, when there has been one: it colours the tokens."""
+    from guidetune.artefacts import finished
+    from guidetune.data.rows import EncodedRows
+    from guidetune.guidance import Guidance
+
+    folder = run / "guidance" / "instruct"
+    if finished(folder) is None:
+        return None
+    guidance = Guidance.open(folder)
+    return guidance if len(guidance) == len(EncodedRows.open(data)) else None
+
+
+def _test_prompts(recipe: Recipe) -> list[str] | None:
+    """Every prompt that the recipe evaluates with, to look for in the training rows."""
+    if recipe.evaluate is None:
+        return None
+    from guidetune.evaluation.task import TaskContext
+
+    context = TaskContext(recipe.root)
+    return [item.prompt for task in [*recipe.evaluate.task, *recipe.evaluate.general] for item in task.items(context)]
+
+
+def _print(what: Any) -> None:
+    """Text as it is, tables through rich (as wide as they need to be when nobody is at a terminal)."""
+    if what is None:
+        return
+    if isinstance(what, str):
+        print(what)
+        return
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(what)
+
+
+def _method_list(found: list[Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from guidetune.reference import paper_of
+
+    table = Table("kind", "method", "paper", "what it does", box=None, pad_edge=False, header_style="bold")
+    last = None
+    for cls in found:
+        table.add_row(cls.kind if cls.kind != last else "", cls.name, paper_of(cls), Text(cls.summary))
+        last = cls.kind
+    return table
+
+
+def _method_page(cls: Any) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from guidetune import reference
+
+    head = f"{cls.name} ({cls.kind})" + (f", {reference.paper_of(cls)}" if cls.paper else "")
+    parts: list[Any] = [Text(head, style="bold"), Text(cls.summary), Text("\n  " + reference.example(cls) + "\n")]
+    table = Table("option", "value", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+    for row in reference.options(cls):
+        table.add_row(*map(Text, row))
+    return Group(*parts, table if cls.model_fields else Text("no options"), Text())
+
+
+def _score_table(results: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    from guidetune.report import numbers
+
+    table = Table("task", "metric", "score", "95 % interval", "n", box=None, pad_edge=False, header_style="bold")
+    for label, result in results.items():
+        score, interval = numbers.score(result.get("score")), numbers.interval(result.get("ci"))
+        table.add_row(label, str(result.get("metric", "")), score, interval, numbers.count(result.get("n")))
+    return table
