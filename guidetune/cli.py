@@ -6,12 +6,14 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from guidetune import threads
 from guidetune.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -96,6 +98,9 @@ def _fail(text: str) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    threads.settle()
+    # peft still asks transformers by an attribute's old name; nothing a user could do about it
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run

@@ -109,15 +109,13 @@ class Chat:
         >>> chat.encode([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]).target
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, variables: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, variables: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.name = str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
         source = PLAIN if template == "plain" else template or _own_template(tokenizer)
         if not source:
             raise BadInput(
-                f"{self.name} has no chat template; take the instruct model's tokenizer, or give a template (or \"plain\") by name"
+                f'{self.name} has no chat template; take the instruct model\'s tokenizer, or give a template (or "plain") by name'
             )
         specials = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         try:
@@ -514,9 +512,9 @@ class Chat:
         if backend is not None and backend.truncation is None and backend.padding is None:
             # The same tokens as the call below, without the offsets and masks that nobody needs here.
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+            "input_ids"
+        ]
 
     def _tokenise(self, rows: list[list[str]]) -> list[list[list[int]]]:
         """Token ids of each piece of each row; one call for all."""

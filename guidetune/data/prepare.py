@@ -183,9 +183,7 @@ def _records(specs: list[SourceSpec], names: list[str], root: Path, ledger: Ledg
         for line, raw in sources.read(spec, root):
             ledger.read(name)
             bar.advance()
-            result = (
-                Dropped(raw.reason, raw.detail) if isinstance(raw, Broken) else records.normalise(raw, spec, name, line, identifiers)
-            )
+            result = Dropped(raw.reason, raw.detail) if isinstance(raw, Broken) else records.normalise(raw, spec, name, line, identifiers)
             if isinstance(result, Dropped):
                 ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)
             else:

@@ -151,7 +151,7 @@ def explain_columns(spec: SourceSpec, columns: list[str]) -> BadInput:
         return BadInput(f"{spec.path}: the map {spec.map} does not fit its columns; columns found: {found}")
     hint = ""
     if {"question", "answer"} <= set(columns):
-        hint = " For a question with options write e.g. map: {user: \"{question}\\nA. {options[A]}\", assistant: answer}."
+        hint = ' For a question with options write e.g. map: {user: "{question}\\nA. {options[A]}", assistant: answer}.'
     elif {"chosen", "rejected"} <= set(columns):
         hint = " This is preference data (chosen, rejected); map the answer you want to learn."
     return BadInput(
@@ -318,9 +318,7 @@ def _pair(asked: Any, answered: Any, asked_name: str, answered_name: str) -> lis
     before = _turns(asked, asked_name) if _is_turns(asked) else [{"role": "user", "content": _text(asked, asked_name)}]
     # What the prompt holds is given; only the completion is learnt.
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before] if _is_turns(asked) else before
-    after = (
-        _turns(answered, answered_name) if _is_turns(answered) else [{"role": "assistant", "content": _text(answered, answered_name)}]
-    )
+    after = _turns(answered, answered_name) if _is_turns(answered) else [{"role": "assistant", "content": _text(answered, answered_name)}]
     return [*before, *after]
 
 

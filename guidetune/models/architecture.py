@@ -77,8 +77,8 @@ def check_head(model: nn.Module, tolerance: float = 2e-2) -> None:
     worst = (got - expected).abs().max() / expected.std().clamp_min(1e-6)
     if not worst <= tolerance:
         raise BadInput(
-            f"{type(inner).__name__}: its logits are not a linear head over the backbone's hidden states (difference {float(worst):.2g} of their spread);"
-            " this architecture is not supported by the fused head"
+            f"{type(inner).__name__}: its logits are not a linear head over the backbone's hidden states"
+            f" (difference {float(worst):.2g} of their spread); the fused head does not serve this architecture"
         )
 
 

@@ -68,9 +68,7 @@ def byte_level(family: str = "bytes", post_processor: bool = False, extra: tuple
     tokenizer.train_from_iterator(CORPUS, trainer)
     bos, eos = ENDS[family]
     if post_processor and bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False)
 
 
@@ -97,9 +95,7 @@ def sentencepiece_like(family: str = "bytes", scheme: str = "legacy") -> Any:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     # Phi-3's control tokens swallow the white space after them.
     swallow = family == "phi3"
     tokenizer.add_special_tokens(
@@ -107,9 +103,7 @@ def sentencepiece_like(family: str = "bytes", scheme: str = "legacy") -> Any:
     )
     bos, eos = ENDS[family]
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token="<unk>", clean_up_tokenization_spaces=False
     )
@@ -131,5 +125,3 @@ def chat_of(name: str, kind: str = "byte_level") -> Any:
         "first": lambda: sentencepiece_like(family, "first"),
     }[kind]()
     return Chat(tokenizer, template_source(name))
-
-

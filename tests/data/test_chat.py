@@ -394,6 +394,8 @@ def test_templates_of_real_models(path: Path) -> None:
 
 
 def test_sentencepiece_fixture_is_what_it_says() -> None:
-    assert sentencepiece_like("bytes", "legacy").convert_ids_to_tokens(
-        sentencepiece_like("bytes", "legacy")("x", add_special_tokens=False)["input_ids"]
-    )[0].startswith("▁")
+    assert (
+        sentencepiece_like("bytes", "legacy")
+        .convert_ids_to_tokens(sentencepiece_like("bytes", "legacy")("x", add_special_tokens=False)["input_ids"])[0]
+        .startswith("▁")
+    )

@@ -14,7 +14,7 @@ from guidetune.data import sources
 from guidetune.data.sources import Broken, SourceSpec, read
 from guidetune.errors import BadInput
 
-ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "naïve\n東京", "answer": "a,b\"c"}]
+ROWS = [{"question": "2+2?", "answer": "4"}, {"question": "naïve\n東京", "answer": 'a,b"c'}]
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -78,7 +78,9 @@ def test_dft_and_stm_oracles() -> None:
     # gradient of DFT with respect to the logits: p (softmax - onehot), as the weight is held constant
     z = LOGITS.clone().requires_grad_()
     nll = F.cross_entropy(z, TARGETS, reduction="none")
-    (Dft().weights(TokenBatch(TARGETS, torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool), -nll.detach())) * nll).sum().backward()
+    (
+        Dft().weights(TokenBatch(TARGETS, torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool), -nll.detach())) * nll
+    ).sum().backward()
     expected = p[:, None] * (LOGITS.softmax(-1) - F.one_hot(TARGETS, 3))
     torch.testing.assert_close(z.grad, expected)
 
@@ -91,7 +93,13 @@ def test_contract_of_every_token_weight(name: str) -> None:
     assert w.shape == (4,) and w.dtype == torch.float32 and bool((w >= 0).all()) and not w.requires_grad
     assert bool(torch.isfinite(w).all())
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = TokenBatch(seen.targets[order], seen.row[order], seen.is_stop[order], seen.student_log_prob[order], {k: v[order] for k, v in seen.teachers.items()})
+    shuffled = TokenBatch(
+        seen.targets[order],
+        seen.row[order],
+        seen.is_stop[order],
+        seen.student_log_prob[order],
+        {k: v[order] for k, v in seen.teachers.items()},
+    )
     torch.testing.assert_close(weight.weights(shuffled), w[order])
     if weight.teachers:
         with pytest.raises(BadInput, match=weight.teachers[0]):
@@ -130,7 +138,9 @@ def test_laws_of_every_reducer(mode: str) -> None:
 
 @pytest.mark.parametrize(("scale_", "softcap", "bias"), [(1.0, None, False), (0.25, None, True), (1.0, 5.0, False), (2.0, 3.0, True)])
 @pytest.mark.parametrize("trained", [False, True])
-def test_fused_head_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, scale_: float, softcap: float | None, bias: bool, trained: bool) -> None:
+def test_fused_head_equals_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, scale_: float, softcap: float | None, bias: bool, trained: bool
+) -> None:
     monkeypatch.setattr("guidetune.engine.head.CHUNK_ELEMENTS", 16 * 37)  # several chunks
     g = torch.Generator().manual_seed(0)
     h = torch.randn(50, 8, generator=g).requires_grad_()

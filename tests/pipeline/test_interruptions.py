@@ -18,6 +18,9 @@ import importlib, os, sys
 target, count, sign = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, name = target.split(":")
 owner = importlib.import_module(module)
+*path, name = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
 real, seen = getattr(owner, name), [0]
 def wrapped(*args, **kwargs):
     seen[0] += 1
@@ -38,7 +41,9 @@ def interrupted(place: Path, target: str, count: int, sign: int) -> subprocess.C
 
 
 def plain(place: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "guidetune", *COMMAND], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "guidetune", *COMMAND], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 def outcome(place: Path) -> dict:
@@ -64,12 +69,12 @@ def undisturbed(_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 CASES = [
-    ("prepare", "guidetune.data.prepare:_shorten", 13),
+    ("prepare", "guidetune.data.rows:RowWriter.write", 13),
     ("guide", "guidetune.engine.forward:head_nll", 1),
     ("tune", "guidetune.engine.loop:_accumulate", 6),
     ("tune-checkpoint", "guidetune.engine.checkpoint:write_bytes_atomic", 4),
     ("transfer", "guidetune.weightspace.apply:_write_update", 5),
-    ("evaluate", "guidetune.evaluation.evaluate:_generate", 2),
+    ("evaluate", "guidetune.evaluation.generation:_decode", 2),
     ("publish-adapter", "guidetune.artefacts:publish", 5),
     ("report", "guidetune.report:write", 1),
 ]

@@ -39,7 +39,9 @@ def test_compare_gives_every_arm_and_shares_its_stages(place: Path) -> None:
         assert set(arm["task"]) == {"echo"} and set(arm["general"]) == {"loss"}
         assert arm["task"]["echo"]["n"] == 8 and len(arm["task"]["echo"]["ci"]) == 2
         if name != "instruct":
-            assert arm["task"]["echo"]["vs_instruct"]["diff"] == pytest.approx(arm["task"]["echo"]["score"] - found["arms"]["instruct"]["task"]["echo"]["score"])
+            assert arm["task"]["echo"]["vs_instruct"]["diff"] == pytest.approx(
+                arm["task"]["echo"]["score"] - found["arms"]["instruct"]["task"]["echo"]["score"]
+            )
             assert sum(b["signal"] for b in arm["signal"]) == pytest.approx(1)
             assert arm["over_seeds"]["n"] == 2 and len(arm["seeds"]) == 1
             assert arm["cost"]["tokens"] > 0 and arm["cost"]["steps"] == 9
@@ -119,7 +121,9 @@ def test_one_failing_arm_leaves_the_others(place: Path) -> None:
 
 
 def test_full_fine_tuning_is_grafted_as_a_difference(place: Path) -> None:
-    out = pipeline.run(load(place / "recipe.yaml", ["tune.params=full", "tune.weights=[]", "tune.lr=1e-3", "evaluate=null"]), place / "runs/full")
+    out = pipeline.run(
+        load(place / "recipe.yaml", ["tune.params=full", "tune.weights=[]", "tune.lr=1e-3", "evaluate=null"]), place / "runs/full"
+    )
     base, instruct, tuned, model = (tensors(p) for p in (place / "base", place / "instruct", out / "adapter", out / "model"))
     for name in model:
         torch.testing.assert_close(model[name], instruct[name] + (tuned[name] - base[name]), rtol=0, atol=2e-7)
