@@ -73,15 +73,7 @@ def demo(out: Path = Path("runs/demo")) -> Path:
     from guidetune import world
     from guidetune.recipe import DEFAULT_ARMS, load
 
-    threads.settle()
-    out = Path(out)
-    _check_place(out)
-    export_rows = out / "world"
-    if not (export_rows / "arithmetic.train.jsonl").is_file():
-        world.export_rows(export_rows)
-    text = (Path(world.__file__).parent / "demo.yaml").read_text(encoding="utf-8")
-    write_text_atomic(out / "demo.yaml", text)
-    return compare(load(out / "demo.yaml"), list(DEFAULT_ARMS), out)
+    return compare(load(Path(world.__file__).parent / "demo.yaml"), list(DEFAULT_ARMS), Path(out))
 
 
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
@@ -95,7 +87,10 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
     failed: list[str] = []
     job.guide_first(arms)
     for name, arm in arms.items():
-        results["arms"][name] = _try(lambda arm=arm, name=name: job.arm(name, arm), failed, name, arm)
+        if kind == "run":  # nothing else to save: the error is the user's to see as it is
+            results["arms"][name] = job.arm(name, arm)
+        else:
+            results["arms"][name] = _try(lambda arm=arm, name=name: job.arm(name, arm), failed, name, arm)
     for k in range(1, seeds):
         for name, arm in arms.items():
             if arm.tune is not None and name not in failed:

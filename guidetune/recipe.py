@@ -36,7 +36,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from guidetune import registry
-from guidetune.data.sources import SourceSpec, locate
+from guidetune.data.sources import WORLD, SourceSpec, locate
 from guidetune.engine.settings import TuneSettings
 from guidetune.errors import BadInput
 
@@ -93,7 +93,7 @@ def _find(path: str, root: Path, spec: SourceSpec | None = None) -> tuple[str, l
     """Where a data file is (a hub id stays as it is), and why it cannot be used."""
     try:
         found = locate(spec or SourceSpec(path=path), root)
-        return (path if found is None else str(found.resolve())), []
+        return (path if found is None or path.startswith(WORLD) else str(found.resolve())), []
     except BadInput as error:
         return path, error.problems
     except (OSError, ValueError, RuntimeError) as error:

@@ -35,6 +35,9 @@ _SUFFIXES: dict[str, Format] = {
 BROKEN_JSON, BAD_UTF8, NOT_A_ROW, BROKEN_CSV = "broken JSON", "bad UTF-8", "not a row", "broken CSV"
 
 
+WORLD = "world:"  # a set of the embedded world
+
+
 class SourceSpec(BaseModel):
     """One source of conversations."""
 
@@ -117,6 +120,10 @@ def locate(spec: SourceSpec, root: Path) -> Path | None:
     Raises:
         BadInput: there is nothing there and it does not look like a hub id; names the nearest existing file.
     """
+    if spec.path.startswith(WORLD):
+        from guidetune.world import rows_file
+
+        return rows_file(spec.path.removeprefix(WORLD), spec.split or "train")
     given = Path(spec.path).expanduser()
     places = [given] if given.is_absolute() else [Path(root) / given, Path.cwd() / given]
     for place in places:

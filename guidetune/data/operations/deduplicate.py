@@ -15,6 +15,8 @@ from guidetune.registry import method
 
 @method(kind="operation", name="deduplicate", summary="Drop exact duplicates of an earlier conversation.")
 class Deduplicate(Operation):
+    """The first row of each distinct conversation (or prompt) stays; later ones are dropped and counted in the ledger."""
+
     by: Literal["conversation", "prompt"] = Field(
         "conversation", description="What must be equal: the whole conversation, or all of it before the last answer."
     )

@@ -14,6 +14,8 @@ from guidetune.registry import method
 
 @method(kind="operation", name="sample", summary="Keep a seeded random sample: n rows, or a fraction of them.")
 class Sample(Operation):
+    """Row i stays if its own number, drawn from (seed, id), is among the n smallest, or below the fraction."""
+
     n: int | None = Field(None, gt=0, description="Number of rows to keep (all, when there are fewer).")
     fraction: float | None = Field(None, gt=0, le=1, description="Share of the rows to keep; each row is drawn on its own.")
 
