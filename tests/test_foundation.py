@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guidetune import registry
-from guidetune.artefacts import derive_seed, finished, fingerprint, read_json, stage, write_json, write_text_atomic
+from guidetune.artefacts import derive_seed, fingerprint, finished, read_json, stage, write_json, write_text_atomic
 from guidetune.data.rows import EncodedRow, EncodedRows, RowWriter
 from guidetune.errors import BadInput
 from guidetune.progress import Bar

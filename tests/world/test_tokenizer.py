@@ -8,19 +8,21 @@ import pytest
 
 from guidetune import world
 from guidetune.world import tokenizer as tokenizers
-from guidetune.world.corpus import documents
+from guidetune.world.corpus import documents, flat
 from guidetune.world.instruct_set import conversations
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.train(d if isinstance(d, str) else d[-1]["content"] for d in itertools.islice(documents(), 2000))
+    return tokenizers.train(flat(d) for d in itertools.islice(documents(), 2000))
 
 
 def test_every_text_comes_back(tokenizer):
-    texts = [d if isinstance(d, str) else m["content"] for d in itertools.islice(documents(), 500) for m in ([d] if isinstance(d, str) else d)]
+    texts = [flat(d) for d in itertools.islice(documents(), 500)]
     texts += [c[-1]["content"] for c in itertools.islice(conversations(), 500)]
-    texts += [text for name in ("arithmetic", "knowledge") for item in world.items(name, "test", 100) for text in (item.prompt, item.answer)]
+    texts += [
+        text for name in ("arithmetic", "knowledge") for item in world.items(name, "test", 100) for text in (item.prompt, item.answer)
+    ]
     texts += ["Grüße, 12 €\n\ttab", "日本語 🙂"]
     for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
         assert tokenizer.decode(ids) == text
@@ -55,7 +57,7 @@ def test_template_and_generation_mask(tokenizer):
 
 
 def test_equal_texts_equal_bytes(tokenizer, tmp_path):
-    again = tokenizers.train(d if isinstance(d, str) else d[-1]["content"] for d in itertools.islice(documents(), 2000))
+    again = tokenizers.train(flat(d) for d in itertools.islice(documents(), 2000))
     tokenizer.save_pretrained(tmp_path / "a")
     again.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
