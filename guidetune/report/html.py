@@ -29,7 +29,7 @@ from guidetune.report.findings import (
     tasks_of,
     verdicts,
 )
-from guidetune.report.tables import Row, rows_of, total_seconds
+from guidetune.report.tables import Row, rows_of, seed_rows, total_seconds
 from guidetune.report.text import clean, clip
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -123,6 +123,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
             compare_group(arm, group) is not None for name, arm in arms.items() for group in GROUPS if name != REFERENCE and not failed(arm)
         ),
         "arms": _arms(results, arms),
+        "seeds": seed_rows(results),
         "colour": palette.index,
         "forest": _forest(arms, palette),
         "evaluated": any(labels(results, group) for group in GROUPS),

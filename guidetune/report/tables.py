@@ -253,3 +253,42 @@ def markdown(results: Mapping[str, Any]) -> str:
             cells = ["" if i else _md(name), label, score, n, change, p, _flips(part).replace("/", " / "), "" if i else time]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """One measure of one arm over its seeds: mean, standard deviation (n − 1), the scores; `n` is 1 for an arm without training."""
+
+    arm: str
+    label: str
+    group: str
+    mean: float | None
+    sd: float | None
+    scores: list[float]
+
+
+def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
+    """Every arm's scores over seeds; empty when no arm was repeated. The untrained reference has its one score."""
+    arms = arms_of(results)
+    if not any(mapping(arm.get("over_seeds")) for arm in arms.values()):
+        return []
+    rows = []
+    for name, arm in arms.items():
+        over = mapping(arm.get("over_seeds"))
+        for group in ("task", "general"):
+            for label in tasks_of(arm, group):
+                one = numbers.finite(tasks_of(arm, group)[label].get("score"))
+                spread = mapping(mapping(over.get(group)).get(label)) or {"mean": one, "sd": None, "scores": [one]}
+                scores = [v for v in map(numbers.finite, spread.get("scores") or []) if v is not None]
+                rows.append(SeedRow(name, label, group, numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd")), scores))
+    return rows
+
+
+def seeds_markdown(results: Mapping[str, Any]) -> str:
+    """The scores over seeds as a Markdown table: mean ± standard deviation, and every seed's score."""
+    lines = ["| arm | measure | mean ± sd | seeds |", "|---|---|---:|---|"]
+    for row in seed_rows(results):
+        spread = f" ± {numbers.score(row.sd)}" if row.sd is not None else ""
+        scores = ", ".join(numbers.score(v) for v in row.scores) if len(row.scores) > 1 else "not trained"
+        lines.append(f"| {_md(row.arm)} | {_md(row.label)} | {numbers.score(row.mean)}{spread} | {scores} |")
+    return "\n".join(lines) + "\n"

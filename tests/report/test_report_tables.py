@@ -209,3 +209,32 @@ def test_importing_the_report_loads_nothing_heavy() -> None:
     code = "import sys, guidetune.report; print([m for m in ('torch', 'matplotlib', 'jinja2', 'numpy', 'rich') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert out.stdout.strip() == "[]"
+
+
+def test_scores_over_seeds_are_shown_where_arms_were_repeated(tmp_path: Path) -> None:
+    from guidetune.report import html, tables
+
+    def result(score: float) -> dict:
+        return {"score": score, "ci": [score, score], "n": 10}
+
+    spread = {"mean": 0.5, "sd": 0.1, "scores": [0.4, 0.6]}
+    results = {
+        "arms": {
+            "instruct": {"status": "ok", "task": {"t": result(0.3)}, "general": {}},
+            "gift": {
+                "status": "ok",
+                "task": {"t": result(0.4)},
+                "general": {},
+                "over_seeds": {"n": 2, "task": {"t": spread}, "general": {}},
+            },
+        }
+    }
+    assert [(r.arm, r.mean, r.sd, r.scores) for r in tables.seed_rows(results)] == [
+        ("instruct", 0.3, None, [0.3]),
+        ("gift", 0.5, 0.1, [0.4, 0.6]),
+    ]
+    assert "0.500 ± 0.100" in tables.seeds_markdown(results)
+    page = html.render(tmp_path, results)
+    assert "Over seeds" in page and "0.400, 0.600" in page
+    del results["arms"]["gift"]["over_seeds"]
+    assert tables.seed_rows(results) == [] and "Over seeds" not in html.render(tmp_path, results)
