@@ -85,7 +85,7 @@ def test_string_skills_have_categories_and_definitions():
 
 
 def test_targets_are_graded_and_mark_unseen_facts():
-    assert {item.difficulty for item in world.items("arithmetic", "test")} == {3, 4, 5}
+    assert {item.difficulty for item in world.items("arithmetic", "test")} == {3, 4}
     test, train = world.items("knowledge", "test"), world.items("knowledge", "train")
     assert {item.difficulty for item in test} == {1, 2, 3, 4}
     assert all(item.meta["fact_in_training"] for item in train)

@@ -46,7 +46,7 @@ def test_template_and_generation_mask(tokenizer):
         {"role": "assistant", "content": "2"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert text == "<|system|>\nBe kind.<|end|>\n<|user|>\nWhat is 1+1?<|end|>\n<|assistant|>\n2<|end|>\n"
+    assert text == "<|system|>Be kind.<|end|><|user|>What is 1+1?<|end|><|assistant|>2<|end|>"
     out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     trained = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(trained) == "2<|end|>"
