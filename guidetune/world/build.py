@@ -55,7 +55,7 @@ class BuildSettings(BaseModel):
     pretrain_epochs: float = Field(2, gt=0, description="Passes over them.")
     pretrain_batch: int = Field(16, ge=1, description="Rows of an optimiser batch.")
     pretrain_lr: float = Field(2e-3, gt=0, description="Peak learning rate of pre-training.")
-    instruct_rows: int = Field(16_000, ge=1, description="Conversations of the instruct stage.")
+    instruct_rows: int = Field(40_000, ge=1, description="Conversations of the instruct stage.")
     instruct_batch: int = Field(32, ge=1, description="Conversations of an optimiser batch.")
     instruct_lr: float = Field(4e-4, gt=0, description="Peak learning rate of the instruct stage.")
     test_items: int = Field(100, ge=1, description="Test items per general skill in the skill table.")
@@ -203,8 +203,7 @@ def _lessons(work: Path, settings: BuildSettings, words: Path) -> dict[str, Any]
 
 
 def new_model(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """An untrained model of the recipe's shape.
-    """
+    """An untrained model of the recipe's shape."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,7 @@ from guidetune.artefacts import fingerprint, write_text_atomic
 from guidetune.errors import BadInput
 from guidetune.world.corpus import BY_NAME
 from guidetune.world.items import Item, Skill, distinct
-from guidetune.world.targets import TARGETS, TEST_ROWS, TRAIN_ROWS
+from guidetune.world.targets import ROWS, TARGETS
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("base", "instruct")
@@ -61,7 +61,7 @@ def items(name: str, split: str, n: int | None = None, seed: int = 0) -> list[It
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sets())}"
         raise BadInput(f"the embedded world has no set {name!r}; {hint}")
     if n is None:
-        usual = {"general": GENERAL_ROWS} | {skill.name: {"train": TRAIN_ROWS, "test": TEST_ROWS} for skill in TARGETS}
+        usual = {"general": GENERAL_ROWS} | ROWS
         n = usual.get(name, SKILL_ROWS).get(split, 0)
     return list(_cached(name, split, n, seed))
 
