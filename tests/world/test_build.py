@@ -11,7 +11,7 @@ from guidetune.world.build import BuildSettings, build
 
 TINY = BuildSettings(
     vocabulary=400, tokenizer_documents=300, hidden=32, layers=2, heads=2, intermediate=64, row_tokens=32, pretrain_rows=48,
-    pretrain_epochs=1,
+    copy_tokens=24, copy_rows=48, copy_batch=8, pretrain_epochs=1,
     pretrain_batch=8, instruct_rows=32, instruct_batch=8, test_items=1, target_items=2, longest_answer=4,
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_interrupted_build_goes_on_to_equal_bytes(built, tmp_path, monkeypatch):
     from guidetune.engine import loop
 
     whole = loop.fit
-    interruptions = iter([True, True, False, False])
+    interruptions = iter([True, False, True, False, False])
 
     def killed(*args, **kwargs):
         if next(interruptions):

@@ -29,7 +29,9 @@ def test_golds_are_right_and_other_answers_wrong(name):
         assert not world.grade(item, "")
         assert not world.grade(item, "I do not know.")
     asked = world.items(name, "test", 30)
-    exchanged = [world.grade(item, other.answer) for item in asked for other in asked if item.gold != other.gold]
+    # An answer about another drug may name the right value too; whose it is, the grader does not read.
+    pairs = [(a, b) for a in asked for b in asked if a.gold != b.gold and not (a.check == "names" and a.gold in b.answer)]
+    exchanged = [world.grade(item, other.answer) for item, other in pairs]
     # A list may answer more than one prompt under a rule, but another item's answer never counts merely for its form.
     assert sum(exchanged) == 0
 
@@ -48,7 +50,7 @@ def test_corpora_never_pose_a_test_problem():
     texts += [c[-2]["content"] for c in take(conversations(), 3000)]
     assert not asked & set(texts)
     # Word problems and quizzes also stand inside plain documents, before their solution.
-    inside = {item.prompt for name in ("story", "choice", "arithmetic", "knowledge") for item in world.items(name, "test", 100)}
+    inside = {item.prompt for name in ("story", "choice", "arithmetic", "knowledge_choice") for item in world.items(name, "test", 100)}
     assert not any(prompt in text for text in texts for prompt in inside)
 
 
@@ -57,7 +59,9 @@ def test_families_share_their_split():
     story = {item.meta["content"] for item in world.items("story", "train", 500)}
     assert not story & {item.meta["content"] for item in world.items("arithmetic", "test", 200)}
     choice = {item.meta["content"] for item in world.items("choice", "train", 500)}
-    assert not choice & {item.meta["content"] for item in world.items("knowledge", "test", 200)}
+    assert not choice & {item.meta["content"] for item in world.items("knowledge_choice", "test", 200)}
+    fact = {item.meta["content"] for item in world.items("fact", "train", 500)}
+    assert not fact & {item.meta["content"] for item in world.items("knowledge", "test", 200)}
 
 
 def test_same_seed_same_items():
@@ -90,16 +94,17 @@ def test_targets_are_graded_and_mark_unseen_facts():
     assert {item.difficulty for item in test} == {1, 2, 3, 4}
     assert all(item.meta["fact_in_training"] for item in train)
     unseen = [item for item in test if not item.meta["fact_in_training"]]
-    assert 0.1 < len(unseen) / len(test) < 0.5
+    assert 0.0 < len(unseen) / len(test) < 0.2
     assert not any(fact_in_training(item.meta["drug"], item.meta["relation"]) for item in unseen)
-    assert len(train) == 3000 and len(test) == 300
+    assert len(train) == 1200 and len(test) == 145
+    assert len(world.items("arithmetic", "train")) == 3000 and len(world.items("arithmetic", "test")) == 300
 
 
 def test_grade_reads_the_final_answer():
     story = world.items("arithmetic", "test", 1)[0]
     assert world.grade(story, f"12+5=17, so we get {story.gold}!")
     assert not world.grade(story, f"{story.gold} then {int(story.gold) + 1}")
-    choice = world.items("knowledge", "test", 1)[0]
+    choice = world.items("knowledge_choice", "test", 1)[0]
     wrong = "A" if choice.gold != "A" else "B"
     assert world.grade(choice, f"{wrong}? no, a thing is {choice.gold}.")
     assert not world.grade(choice, f"{choice.gold} or {wrong}")
