@@ -345,7 +345,8 @@ class _Job:
             "weights": [w.spec() for w in tune.weights],
             "methods": [digest_file(source_file(type(m))) for m in (tune.params, *tune.weights)],
             "reducer": reducer,
-            "guidance": {t: self._fingerprint(t) for t in analysed},
+            # not `analysed`: an arm that was tuned before is not tuned again for the sake of its analysis
+            "guidance": {t: self._fingerprint(t) for t in stores},
             "settings": {k: v for k, v in settings.model_dump().items() if k not in NOT_THE_RESULT or reducer == "micro"},
             "dtype": dtype,
         }
