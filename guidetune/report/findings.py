@@ -66,9 +66,18 @@ def group_mean(arm: Mapping[str, Any], group: str) -> float | None:
     stored = numbers.finite(arm.get(f"{group}_mean"))
     if stored is not None:
         return stored
-    scores = [numbers.finite(result.get("score")) for result in tasks_of(arm, group).values()]
+    scores = [numbers.finite(result.get("score")) for result in averaged(arm, group)]
     known = [value for value in scores if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def averaged(arm: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
+    """The results that a group's mean is over: scores of which more is better; a likelihood in nats has another unit.
+
+    A group of likelihoods alone is averaged as it is.
+    """
+    results = list(tasks_of(arm, group).values())
+    return [result for result in results if not smaller_is_better(result)] or results
 
 
 @dataclass(frozen=True)
@@ -105,13 +114,12 @@ def compare_task(result: Mapping[str, Any]) -> Comparison | None:
 
 
 def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
-    """An arm's mean gain over all tasks of a group.
+    """An arm's mean gain over the tasks of a group (see `averaged`).
 
     One task: its paired test. Several: mean of the gains; the tasks have different items, so their interval half-widths h_k add in squares,
     h = sqrt(sum h_k^2) / K, and p comes from the normal distribution with standard error h / 1.96.
     """
-    results = tasks_of(arm, group).values()
-    parts = [part for part in map(compare_task, results) if part is not None]
+    parts = [part for part in map(compare_task, averaged(arm, group)) if part is not None]
     if len(parts) <= 1:
         return parts[0] if parts else None
     mean = sum(part.gain for part in parts) / len(parts)

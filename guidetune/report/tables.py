@@ -15,6 +15,7 @@ from guidetune.report.findings import (
     REFERENCE,
     Comparison,
     arms_of,
+    averaged,
     compare_group,
     compare_task,
     failed,
@@ -64,7 +65,7 @@ def rows_of(results: Mapping[str, Any], name: str, arm: Mapping[str, Any]) -> li
                     None if name == REFERENCE else compare_task(result),
                 )
             )
-        if len(labels(results, group)) > 1:
+        if len(averaged(arm, group)) > 1:
             comparison = None if name == REFERENCE else compare_group(arm, group)
             rows.append(Row(name, group, f"{group} mean", group_mean(arm, group), None, None, comparison, True))
     return rows

@@ -238,3 +238,16 @@ def test_scores_over_seeds_are_shown_where_arms_were_repeated(tmp_path: Path) ->
     assert "Over seeds" in page and "0.400, 0.600" in page
     del results["arms"]["gift"]["over_seeds"]
     assert tables.seed_rows(results) == [] and "Over seeds" not in html.render(tmp_path, results)
+
+
+def test_a_likelihood_is_not_averaged_with_accuracies() -> None:
+    def result(score: float, diff: float, higher: bool) -> dict:
+        paired = {"diff": diff, "ci": [diff - 0.1, diff + 0.1], "p": 0.5, "kept": 1, "lost": 0, "gained": 0}
+        return {"score": score, "n": 10, "higher_is_better": higher, "vs_instruct": paired}
+
+    arm = {"status": "ok", "task": {"accuracy": result(0.4, -0.02, True), "nll": result(9.7, -0.48, False)}}
+    gain = compare_group(arm, "task")
+    assert gain is not None and gain.gain == -0.02 and gain.tasks == 1
+    del arm["task"]["accuracy"]
+    alone = compare_group(arm, "task")
+    assert alone is not None and alone.gain == 0.48  # a smaller likelihood loss is a gain
