@@ -255,8 +255,20 @@ class _Job:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
                 _say_ledger(done)
+                self._warn_of_leaks(done.path)
             self._rows[key] = (done.path, EncodedRows.open(done.path))
         return self._rows[key]
+
+    def _warn_of_leaks(self, folder: Path) -> None:
+        """Say so when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
+        from guidetune.data.prepare import leaks, read_records
+
+        asked = [m["content"] for items in self._plans.values() for p in items for i in p.items for m in i.messages if m["role"] == "user"]
+        found = leaks(read_records(folder), asked) if asked else []
+        self.ledger["leaks"] = len(found)
+        if found:
+            some = ", ".join(leak.id for leak in found[:3])
+            say(f"warning: {len(found):,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two")
 
     def _max_length(self, arm: Recipe) -> int:
         """The recipe's limit, or the model's context where that is shorter."""

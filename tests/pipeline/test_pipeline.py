@@ -159,3 +159,14 @@ def test_every_architecture_runs_and_transfers(family_place: Path) -> None:
     ids = torch.arange(6, 26)[None]
     with torch.no_grad():
         assert (merged(ids).logits - grafted(ids).logits).abs().max() <= 1e-5
+
+
+def test_training_rows_that_the_evaluation_asks_are_named(place: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = (place / "train.jsonl").read_text().splitlines() + (place / "test.jsonl").read_text().splitlines()[:3]
+    (place / "train.jsonl").write_text("\n".join(lines) + "\n")
+    out = pipeline.run(load(place / "recipe.yaml", ["tune.max_steps=1"]), place / "runs/leak")
+    asked = {json.loads(line)["prompt"] for line in (place / "test.jsonl").read_text().splitlines()}
+    expected = sum(json.loads(line)["prompt"] in asked for line in lines)
+    assert expected >= 3
+    assert f"{expected} training rows have a prompt that the evaluation asks" in capsys.readouterr().err
+    assert results(out)["ledger"]["leaks"] == expected
