@@ -28,3 +28,9 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _usual_verbosity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that asks for quiet must not silence the next one."""
+    monkeypatch.setattr("guidetune.progress._verbosity", 0)
