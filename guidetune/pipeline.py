@@ -93,7 +93,7 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
             results["arms"][name] = _try(lambda arm=arm, name=name: job.arm(name, arm), failed, name, arm)
     for k in range(1, seeds):
         for name, arm in arms.items():
-            if arm.tune is not None and name not in failed:
+            if arm.tune is not None and results["arms"][name]["status"] == "ok":
                 again = arm.model_copy(update={"tune": arm.tune.model_copy(update={"seed": arm.tune.seed + k})})
                 entry = _try(
                     lambda again=again, name=name, k=k: job.arm(name, again, k), failed, f"{name} (seed {arm.tune.seed + k})", again
@@ -343,7 +343,8 @@ class _Job:
 
             # no weight reads it; it sorts this arm's learning signal into the same confidence bins
             store = Guidance.open(known)
-            analysed = {REFERENCE: store} if len(store) == len(rows) else {}
+            of_these = ((finished(known) or {}).get("key") or {}).get("rows") == rows.digest
+            analysed = {REFERENCE: store} if of_these else {}
         settings = tune.settings()
         dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
         reducer = tune.reducer or "tokens"

@@ -113,10 +113,11 @@ def test_one_failing_arm_leaves_the_others(place: Path) -> None:
     text = (place / "recipe.yaml").read_text() + "arms: {broken: {tune.params: {method: lora, targets: [nothing_here]}}}\n"
     (place / "recipe.yaml").write_text(text)
     with pytest.raises(RunFailed, match="nothing_here"):
-        pipeline.compare(load(place / "recipe.yaml"), ["instruct", "broken", "sft"], place / "runs/f")
+        pipeline.compare(load(place / "recipe.yaml"), ["instruct", "broken", "sft"], place / "runs/f", seeds=2)
     found = results(place / "runs/f")
     assert found["arms"]["broken"]["status"] == "failed" and "nothing_here" in found["arms"]["broken"]["error"]
-    assert found["arms"]["sft"]["status"] == "ok"
+    assert "seeds" not in found["arms"]["broken"]  # another seed would fail for the same reason
+    assert found["arms"]["sft"]["status"] == "ok" and len(found["arms"]["sft"]["seeds"]) == 1
     assert "nothing_here" in (place / "runs/f/report.html").read_text()
 
 
@@ -170,3 +171,14 @@ def test_training_rows_that_the_evaluation_asks_are_named(place: Path, capsys: p
     assert expected >= 3
     assert f"{expected} training rows have a prompt that the evaluation asks" in capsys.readouterr().err
     assert results(out)["ledger"]["leaks"] == expected
+
+
+def test_arms_of_other_rows_are_not_sorted_by_foreign_confidence(place: Path) -> None:
+    lines = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    longer = [{**row, "completion": row["completion"] + " and the result"} for row in lines]
+    (place / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    recipe = (place / "recipe.yaml").read_text() + "arms: {other: {data.train: [other.jsonl], tune.weights: []}}\n"
+    (place / "recipe.yaml").write_text(recipe)
+    found = results(pipeline.compare(load(place / "recipe.yaml", ["tune.max_steps=1"]), ["gift", "other"], place / "runs/o"))
+    assert found["arms"]["other"]["status"] == "ok" and found["arms"]["other"]["signal"] == []
+    assert found["arms"]["gift"]["signal"]
