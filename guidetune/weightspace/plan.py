@@ -94,8 +94,10 @@ class MergePlan(BaseModel):
         if not isinstance(options, dict) or "method" not in options:
             return value
         name = options["method"]
+        if not isinstance(name, str):
+            raise ValueError(f"method is the name of a merge method, not {type(name).__name__}")
         if name not in METHODS:
-            near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(METHODS)}"
             raise ValueError(f"no merge method {name!r}; {hint}")
         return METHODS[name].model_validate(options)

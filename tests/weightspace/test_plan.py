@@ -54,6 +54,7 @@ def test_the_documented_plan() -> None:
         ("anchor: a\nsources: []", "sources"),
         ("sources: [{adapter: b}]\nancor: a", r"plan:1: anchor: Field required"),
         ("sources: [{adapter: b}]\nancor: a", r"plan:2: ancor: unknown key; did you mean anchor\?"),
+        ("anchor: a\nsources: [{adapter: b}]\nmethod: {method: []}", r"plan:3: method: .*name of a merge method, not list"),
         ("anchor: [", "not valid YAML"),
         ("- a", "mapping"),
         ("", "mapping"),
