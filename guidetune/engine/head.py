@@ -2,7 +2,11 @@
 
 For supervised rows h [n, H], W [V, H], targets y [n], one chunk at a time:
 
-    z = transform(h Wᵀ + b) in fp32,   l = logsumexp(z),   nll = l − z[y],   d nll / d h = ((softmax(z) − onehot(y)) ⊙ z') W
+    z = transform(h Wᵀ + b),   p = softmax(z) in fp32,   nll = −log p[y],   d nll / d h = ((p − onehot(y)) ⊙ z') W
+
+A 16-bit product rounds its results to two or three digits. So the product starts from −z[y] (formed on its own in fp32): what is
+rounded is the distance of each logit from the target's, near 0 wherever it matters, and −log p keeps a relative error of 2⁻⁹
+at worst where plain 16-bit logits lose whole percents of a confident p. Costs one fill of the chunk; memory: the chunk, once.
 
 The gradient of every row's nll is formed in the forward pass (two matrix products in all) and scaled by the incoming gradient
 in the backward pass. So token weights may depend on the nll itself (they are detached), and one routine serves weighted and
@@ -11,6 +15,7 @@ plain losses. A trainable head (full fine-tuning) costs two more products in the
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -21,7 +26,9 @@ CHUNK_ELEMENTS = 8_388_608  # logits held at once: 32 MB in fp32
 
 
 def chunk_rows(vocab: int, rows: int) -> int:
-    return max(16, min(rows, CHUNK_ELEMENTS // max(vocab, 1)))
+    """Rows per chunk: chunks of one size, in steps of 16 (a product of a new shape is compiled first, which takes its time)."""
+    chunks = -(-rows // max(16, CHUNK_ELEMENTS // max(vocab, 1)))
+    return -(-rows // chunks // 16) * 16
 
 
 def logits(h: torch.Tensor, head: Parts) -> torch.Tensor:
@@ -32,16 +39,74 @@ def logits(h: torch.Tensor, head: Parts) -> torch.Tensor:
         return transform(z if head.bias is None else z + head.bias.float(), head)
 
 
-def _grad_logits(z: torch.Tensor, lse: torch.Tensor, y: torch.Tensor, head: Parts) -> torch.Tensor:
-    """d nll / d (h Wᵀ): softmax minus one-hot, through the soft cap and the scale. z is overwritten."""
+class _Scratch(threading.local):
+    """One chunk of logits per thread, used again: a fresh 30 MB block costs more in page faults than the softmax in it."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[Any, torch.Tensor] = {}
+
+    def block(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key = (vocab, dtype, device, torch.is_inference_mode_enabled())
+        have = self.blocks.get(key)
+        if have is None or len(have) < rows:
+            have = self.blocks[key] = torch.empty(rows, vocab, dtype=dtype, device=device)
+        return have[:rows]
+
+
+_scratch = _Scratch()
+
+
+def release() -> None:
+    """Give the calling thread's chunk back."""
+    _scratch.blocks.clear()
+
+
+def _softmax(h: torch.Tensor, y: torch.Tensor, head: Parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """softmax fp32 [n, V] (in scratch), nll [n], and the soft cap's slope [n, V] where there is one."""
+    weight = head.weight
+    n, vocab = len(h), weight.shape[0]
+    p = _scratch.block(n, vocab, torch.float32, h.device)
+    h = h.to(weight.dtype)
+    if weight.dtype == torch.float32:
+        shift = None
+        torch.mm(h, weight.T, out=p)
+    else:
+        shift = (h.float() * weight.index_select(0, y).float()).sum(-1, keepdim=True).to(weight.dtype)
+        z = _scratch.block(n, vocab, weight.dtype, h.device)
+        z.copy_((-shift).expand_as(z))
+        p.copy_(torch.addmm(z, h, weight.T, out=z))
+    if head.bias is not None:
+        p += head.bias.float()
     slope = None
     if head.softcap is not None:
-        slope = 1.0 - (z / head.softcap) ** 2
-    g = z.sub_(lse[:, None]).exp_()
-    g[torch.arange(len(y), device=y.device), y] -= 1.0
+        if shift is not None:
+            p += shift.float()
+        p.mul_(head.scale / head.softcap).tanh_()
+        slope = 1.0 - p * p
+        p *= head.softcap
+    elif head.scale != 1.0:
+        p *= head.scale
+    torch.softmax(p, -1, out=p)
+    target = p.gather(1, y[:, None]).squeeze(1)
+    nll = -target.log()
+    if bool((target < 1e-30).any()):  # too small for fp32: once more, by their logits
+        rare = (target < 1e-30).nonzero().squeeze(1)
+        z = logits(h[rare], head)
+        nll[rare] = z.logsumexp(-1) - z.gather(1, y[rare, None]).squeeze(1)
+    return p, nll, slope
+
+
+def _grad_logits(p: torch.Tensor, y: torch.Tensor, slope: torch.Tensor | None, head: Parts) -> torch.Tensor:
+    """d nll / d (h Wᵀ): softmax minus one-hot, through the soft cap and the scale. p is overwritten."""
+    p[torch.arange(len(y), device=y.device), y] -= 1.0
     if slope is not None:
-        g *= slope
-    return g.mul_(head.scale) if head.scale != 1.0 else g
+        p *= slope
+    return p.mul_(head.scale) if head.scale != 1.0 else p
+
+
+def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x with zero rows at its end, `rows` in all."""
+    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 class _HeadNLL(torch.autograd.Function):
@@ -51,15 +116,17 @@ class _HeadNLL(torch.autograd.Function):
         nll = torch.empty(n, dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         step = chunk_rows(weight.shape[0], n)
-        for a in range(0, n, step):
-            b = min(a + step, n)
-            z = logits(h[a:b], head)  # [chunk, V]
-            lse = z.logsumexp(-1)
-            nll[a:b] = lse - z.gather(1, y[a:b, None]).squeeze(1)
-            if dh is not None:
-                g = _grad_logits(z, lse, y[a:b], head)
-                with torch.autocast(h.device.type, enabled=False):
-                    dh[a:b] = (g.to(weight.dtype) @ weight).to(h.dtype)
+        with torch.autocast(h.device.type, enabled=False):  # autocast would round an fp32 head to bf16 behind our back
+            for a in range(0, n, step):
+                b = min(a + step, n)
+                rows, targets = _filled(h[a:b], step), _filled(y[a:b], step)
+                p, part, slope = _softmax(rows, targets, head)
+                nll[a:b] = part[: b - a]
+                if dh is not None:
+                    g = _grad_logits(p, targets, slope, head)
+                    if weight.dtype != torch.float32:
+                        g = _scratch.block(step, weight.shape[0], weight.dtype, h.device).copy_(g)
+                    dh[a:b] = (g @ weight)[: b - a]
         trained = ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2])
         ctx.head, ctx.trained = head, trained
         ctx.save_for_backward(dh, h if trained else None, y if trained else None)
@@ -76,8 +143,8 @@ class _HeadNLL(torch.autograd.Function):
             grad_b = torch.zeros_like(head.bias, dtype=torch.float32) if head.bias is not None else None
             step = chunk_rows(head.weight.shape[0], len(y))
             for a in range(0, len(y), step):
-                z = logits(h[a : a + step], head)
-                g = _grad_logits(z, z.logsumexp(-1), y[a : a + step], head) * grad[a : a + step, None]
+                p, _, slope = _softmax(h[a : a + step], y[a : a + step], head)
+                g = _grad_logits(p, y[a : a + step], slope, head).mul_(grad[a : a + step, None])
                 with torch.autocast(h.device.type, enabled=False):
                     grad_w.addmm_(g.T, h[a : a + step].float())
                 if grad_b is not None:

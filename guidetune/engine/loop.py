@@ -123,10 +123,6 @@ def fit(
     cursor = load_checkpoint(work, params, optimiser)
     state = _State(**cursor) if cursor else _State(signal=np.zeros((len(SIGNAL_EDGES) - 1, 2)).tolist())
     log = _Metrics(metrics or work / METRICS, state.step)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        if attached.model.get_input_embeddings().weight.requires_grad is False:
-            model.enable_input_require_grads()
     layout = None if settings.layout == "auto" else settings.layout
     per_epoch = steps_per_epoch(len(rows), settings.batch)
     model.train()
@@ -138,7 +134,7 @@ def fit(
         save_checkpoint(work, params, optimiser, state.__dict__)
 
     try:
-        with opened(model, layout, autocast) as forward, progress(label, steps, "steps", state.step) as bar:
+        with opened(model, layout, autocast, settings.gradient_checkpointing) as forward, progress(label, steps, "steps", state.step) as bar:
             if validation is not None and state.step == 0:
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:
@@ -192,9 +188,6 @@ def fit(
     except KeyboardInterrupt:
         keep()
         raise
-    finally:
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
     for name, p in params.items():
         if not torch.isfinite(p).all():
             raise RunFailed(f"{name} is not finite after training; nothing was published")
@@ -235,9 +228,8 @@ def _accumulate(
     signal = np.zeros((len(SIGNAL_EDGES) - 1, 2))
     for k, group in enumerate(micro_batches(indices, rows.lengths, settings.micro_tokens, forward.layout)):
         batch = assemble(rows, group, forward.layout, forward.device)
-        torch.manual_seed(derive_seed(settings.seed, "dropout", step, k))
         with forward.documents(batch):
-            nll = forward.nll(batch)
+            nll = forward.nll(batch, derive_seed(settings.seed, "dropout", step, k))
             seen = objective.token_batch(batch, nll)
             w = objective.token_weights(batch, seen)
             c, share = reduce(w, batch.row, len(group))

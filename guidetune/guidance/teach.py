@@ -61,7 +61,8 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
         tokens = int(rows.lengths.sum())
         with (
             torch.inference_mode(),
-            opened(model, layout, exact_head=True) as forward,
+            opened(model, layout) as forward,
+            forward.steady(),
             progress(label, tokens, "tok", int(rows.lengths[:done].sum())) as bar,
         ):
             for first in range(done, len(rows), CHUNK_ROWS):

@@ -68,11 +68,11 @@ def textbook(model: torch.nn.Module, rows: EncodedRows, indices: np.ndarray, wei
     return top / bottom
 
 
-def gradients(attached, rows, indices, settings, objective, layout="varlen"):
+def gradients(attached, rows, indices, settings, objective, layout="varlen", checkpointing=False):
     for p in attached.trainable().values():
         p.grad = None
     attached.model.train()
-    with opened(attached.model, layout) as forward:
+    with opened(attached.model, layout, checkpointing=checkpointing) as forward:
         loss, _, _ = _accumulate(forward, rows, indices, settings, objective, 0)
     return loss, {name: p.grad.clone() for name, p in attached.trainable().items()}
 
@@ -96,8 +96,8 @@ def test_weighted_loss_and_lora_gradients_equal_textbook(family: str) -> None:
         p.grad = None
     expected = textbook(attached.model, rows, indices, {i: np.exp(store.row(i).astype(np.float32)) for i in range(12)})
     expected.backward()
-    assert abs(loss - float(expected)) <= 1e-6 * max(1.0, abs(float(expected)))
-    close(got, {name: p.grad for name, p in attached.trainable().items()}, 1e-6)
+    assert abs(loss - float(expected)) <= 2e-6 * max(1.0, abs(float(expected)))
+    close(got, {name: p.grad for name, p in attached.trainable().items()}, 3e-6)
 
 
 @pytest.mark.parametrize("weighted", ["gift", "dft"])
@@ -182,15 +182,13 @@ def test_first_gift_gradient_with_teacher_equal_to_student_is_dft_scaled() -> No
     close(gift[1], {k: v * ratio for k, v in dft[1].items()}, 1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     rows = make_rows()
     outcomes = []
     for checkpointing in (False, True):
-        attached = lora(tiny_model("llama", vocab=VOCAB, seed=0))
-        if checkpointing:
-            attached.model.gradient_checkpointing_enable()
-            attached.model.enable_input_require_grads()
-        outcomes.append(gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=64), Objective()))
+        attached = lora(tiny_model(family, vocab=VOCAB, seed=0), dropout=0.2)
+        outcomes.append(gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=64), Objective(), checkpointing=checkpointing))
     assert outcomes[0][0] == outcomes[1][0]
     close(outcomes[1][1], outcomes[0][1], 1e-7)
 
@@ -206,7 +204,7 @@ def test_full_tuning_gradients_equal_textbook(tied: bool) -> None:
     expected = textbook(attached.model, rows, np.arange(12), ones)
     expected.backward()
     assert loss == pytest.approx(float(expected), rel=1e-6)
-    close(got, {name: p.grad for name, p in attached.trainable().items()}, 1e-6)
+    close(got, {name: p.grad for name, p in attached.trainable().items()}, 3e-6)
 
 
 def run_fit(

@@ -1,0 +1,236 @@
+"""Linear layers with low-rank adapters, by hand: no fp32 copies of activations, no temporary sums, no gradient nobody asked for.
+
+A `Bundle` holds the layers that read the same input (q, k and v; gate and up; or a single one):
+
+    y_i = x W_iᵀ + b_i + s_i d(x) A_iᵀ B_iᵀ          x [N, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i]
+
+The adapters' first products are one product with the stacked A; the second ones are added into y_i in place. Backward:
+
+    u = d(x) [A_1; A_2; …]ᵀ,   du_i = s_i dy_i B_i,   dB_i = s_i dy_iᵀ u_i,   dA = duᵀ d(x),   dx = Σ_i dy_i W_i + dᵀ(du A)
+
+d is dropout with one mask for the bundle (peft draws one per layer; each has the same distribution). Masters stay in fp32; what
+enters a product is rounded to the weights' dtype once per optimiser step. Weight gradients of W_i only where W_i is trained.
+LoRA: arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Gradients = dict[int, torch.Tensor]  # by id of the parameter
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One linear layer: W, b and, where it is adapted, A, B, their scale and the dropout on the adapter's input."""
+
+    module: nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def on(self) -> bool:
+        return self.a is not None and not self.module.disable_adapters
+
+
+def adapted(module: nn.Module | None) -> Adapted | None:
+    """What a plain linear layer or a plain LoRA layer of peft computes, or None where it computes something else."""
+    if module is None or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module).forward is nn.Linear.forward:
+        return Adapted(module, module.weight, module.bias) if _plain(module.weight) else None
+    base = getattr(module, "base_layer", None)
+    if base is None or not hasattr(module, "lora_A") or type(base).forward is not nn.Linear.forward or not _plain(base.weight):
+        return None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if module.merged or len(active) > 1 or getattr(module, "lora_variant", None):
+        return None
+    if not active:
+        return Adapted(module, base.weight, base.bias)
+    a, b = module.lora_A[active[0]], module.lora_B[active[0]]
+    if b.bias is not None or not (_plain(a.weight) and _plain(b.weight)):
+        return None
+    drop = module.lora_dropout[active[0]]
+    p = float(drop.p) if isinstance(drop, nn.Dropout) else 0.0
+    return Adapted(module, base.weight, base.bias, a.weight, b.weight, float(module.scaling[active[0]]), p)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """An ordinary floating-point tensor: not quantised, not sharded over processes."""
+    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta
+
+
+class Bundle:
+    """Linear layers of one input. `leaves` maps the id of a parameter to the tensor that stands for it in this pass."""
+
+    def __init__(self, members: Sequence[Adapted]) -> None:
+        self.members = list(members)
+        self.dtype = self.members[0].weight.dtype
+        self.device = self.members[0].weight.device
+        self.p = _dropped(max(m.dropout for m in self.members)) / 65536
+        self._a: torch.Tensor | None = None
+        self._b: list[torch.Tensor] = []
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        for m in self.members:
+            yield from (t for t in (m.weight, m.bias, m.a, m.b) if t is not None)
+
+    def refresh(self) -> None:
+        """Round A and s·B anew: after an optimiser step (which torch's fused optimisers do not show in a tensor's version)."""
+        on = [m for m in self.members if m.on]
+        with torch.no_grad():
+            self._a = torch.cat([m.a for m in on]).to(self.dtype) if on else None
+            self._b = [(m.b * m.scale).to(self.dtype) for m in on]
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, noise: torch.Generator | None = None
+    ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        """The outputs y_i [N, out_i], and what `backward` needs besides x. `residual` [N, out] is added to a single output."""
+        mask = None
+        u = None
+        if self._a is not None:
+            xd = x
+            if self.p and noise is not None:
+                mask = keep_mask(x, self.p, noise)
+                xd = x * mask
+            u = xd @ self._a.T
+            if mask is not None:
+                u *= 1.0 / (1.0 - self.p)
+        out, r, k = [], 0, 0
+        for m in self.members:
+            if residual is not None:
+                y = torch.addmm(residual, x, m.weight.T)
+                if m.bias is not None:
+                    y += m.bias
+            elif m.bias is not None:
+                y = torch.addmm(m.bias, x, m.weight.T)
+            else:
+                y = x @ m.weight.T
+            if m.on:
+                b = self._b[k]
+                y.addmm_(u[:, r : r + b.shape[1]], b.T)
+                r, k = r + b.shape[1], k + 1
+            out.append(y)
+        return out, (u, mask)
+
+    def backward(
+        self, dys: Sequence[torch.Tensor], x: torch.Tensor, saved: tuple[Any, ...], wanted: frozenset[int], grads: Gradients, need_dx: bool
+    ) -> torch.Tensor | None:
+        """dx [N, in] (None unless wanted); the gradients of trained parameters are added to `grads`."""
+        u, mask = saved
+        dx = None
+        du = None if u is None else torch.empty_like(u)
+        r, k = 0, 0
+        for m, dy in zip(self.members, dys, strict=True):
+            if need_dx:
+                dx = dy @ m.weight if dx is None else dx.addmm_(dy, m.weight)
+            if id(m.weight) in wanted:
+                add_gradient(grads, m.weight, dy.T @ x)
+            if m.bias is not None and id(m.bias) in wanted:
+                add_gradient(grads, m.bias, dy.sum(0, dtype=torch.float32))
+            if m.on:
+                b = self._b[k]
+                part = slice(r, r + b.shape[1])
+                torch.mm(dy, b, out=du[:, part])
+                if id(m.b) in wanted:
+                    add_gradient(grads, m.b, (dy.T @ u[:, part]).float().mul_(m.scale))
+                r, k = part.stop, k + 1
+        if du is None:
+            return dx
+        if mask is not None:
+            du *= 1.0 / (1.0 - self.p)
+        a_wanted = [m.a for m in self.members if m.on and id(m.a) in wanted]
+        if a_wanted:
+            da = (du.T @ (x if mask is None else x * mask)).float()
+            r = 0
+            for m in self.members:
+                if m.on:
+                    if id(m.a) in wanted:
+                        add_gradient(grads, m.a, da[r : r + m.a.shape[0]])
+                    r += m.a.shape[0]
+        if need_dx:
+            if mask is None:
+                dx.addmm_(du, self._a)
+            else:
+                dx += (du @ self._a).mul_(mask)
+        return dx
+
+
+def add_gradient(grads: Gradients, parameter: torch.Tensor, value: torch.Tensor) -> None:
+    have = grads.get(id(parameter))
+    value = value.to(parameter.dtype)
+    if have is None:
+        grads[id(parameter)] = value
+    else:
+        have += value
+
+
+def keep_mask(x: torch.Tensor, p: float, noise: torch.Generator) -> torch.Tensor:
+    """1 where dropout keeps, 0 where it drops, like x; 16 random bits each, some times faster than torch's bernoulli."""
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=noise)
+    return (bits.view(torch.int16)[: x.numel()].view(x.shape) >= _dropped(p) - 32768).to(x.dtype)
+
+
+def _dropped(p: float) -> int:
+    return round(p * 65536)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """A bundle of one inside autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bundle: Bundle, noise: torch.Generator | None, *parameters: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        (y,), saved = bundle.forward(flat, noise=noise)
+        ctx.bundle, ctx.saved, ctx.shape = bundle, saved, x.shape
+        ctx.save_for_backward(flat)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (flat,) = ctx.saved_tensors
+        parameters = list(ctx.bundle.parameters())
+        wanted = frozenset(id(p) for p, need in zip(parameters, ctx.needs_input_grad[3:], strict=True) if need)
+        grads: Gradients = {}
+        dx = ctx.bundle.backward([dy.reshape(-1, dy.shape[-1])], flat, ctx.saved, wanted, grads, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, None, *(grads.get(id(p)) for p in parameters)
+
+
+@contextmanager
+def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run peft's plain LoRA layers among `modules` through `Bundle` inside the block."""
+    changed = []
+
+    def patch(module: nn.Module, bundle: Bundle) -> None:
+        original = module.forward
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args or kwargs or x.dtype != bundle.dtype or module.merged or torch.is_autocast_enabled(x.device.type):
+                return original(x, *args, **kwargs)
+            bundle.refresh()
+            noise = None
+            if module.training and bundle.p:
+                # one draw from the global generator seeds this layer's mask: recomputation in backward draws it again
+                noise = torch.Generator(device=x.device).manual_seed(int(torch.randint(2**62, ()).item()))
+            return _LoraLinear.apply(x, bundle, noise, *bundle.parameters())
+
+        module.forward = forward
+        changed.append(module)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: [m.__dict__.pop("forward", None) for m in changed])
+        for module in modules:
+            layer = adapted(module)
+            if layer is not None and layer.a is not None and "forward" not in module.__dict__:
+                patch(module, Bundle([layer]))
+        yield
