@@ -10,11 +10,15 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from guidetune.data.sources import SourceSpec
+import numpy as np
+
+from guidetune.data.keys import KeyTable, key_array
+from guidetune.data.sources import Broken, SourceSpec
 from guidetune.errors import BadInput
 
 SHAPES = (
@@ -78,39 +82,69 @@ class _Bad(Exception):
 
 
 class Identifiers:
-    """Stable ids: the row's own where no earlier row has it, else a hash of source, content and occurrence number."""
+    """Stable ids: the row's own where no earlier row has it, else a hash of source, content and occurrence number.
 
-    def __init__(self) -> None:
-        self._taken: set[int] = set()
-        self._counts: dict[int, int] = {}
+    With a `folder` the ids given so far (a 64-bit hash of each) are kept in scratch files there, else in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._taken = KeyTable(folder / ".ids" if folder else None)
+        self._repeats = KeyTable(folder / ".repeats" if folder else None, values=1)
 
     def give(self, source: str, own: Any, content: str) -> str:
-        if isinstance(own, (str, int)) and not isinstance(own, bool) and str(own).strip():
-            name = str(own)
-            try:
-                if self._take(name):
-                    return name
-            except UnicodeEncodeError:
-                pass
-        number, key = 1, 0
-        while True:
-            name = hashlib.sha256(f"{source}\0{number}\0{content}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-            if self._take(name):
-                return name
-            # Only rows that repeat need a count; it spares a long run of duplicates from trying every number again.
-            key = key or _hash(f"{source}\0{content}")
-            number = self._counts[key] = self._counts.get(key, 1) + 1
+        """The id of one row."""
+        return self.give_many(source, [own], [content])[0]
 
-    def _take(self, name: str) -> bool:
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-        if key in self._taken:
-            return False
-        self._taken.add(key)
-        return True
+    def give_many(self, source: str, owns: Sequence[Any], contents: Sequence[str]) -> list[str]:
+        """The ids of rows of one source, in order."""
+        own_names = [_own_name(own) for own in owns]
+        names = [own or _content_name(source, 1, content) for own, content in zip(own_names, contents, strict=True)]
+        left = self._take(names)
+        again = [k for k in left if own_names[k] is not None]
+        if again:  # their own ids are taken; so far as anybody knows they are the first of their content
+            for k in again:
+                names[k] = _content_name(source, 1, contents[k])
+            refused = {again[k] for k in self._take([names[k] for k in again])}
+            left = [k for k in left if own_names[k] is None or k in refused]
+        while left:
+            numbers = self._repeats.count(key_array([_digest(f"{source}\0{contents[k]}") for k in left]))
+            for k, number in zip(left, numbers.tolist(), strict=True):
+                names[k] = _content_name(source, number + 1, contents[k])
+            left = [left[k] for k in self._take([names[k] for k in left])]
+        return names
+
+    def _take(self, names: list[str]) -> list[int]:
+        """Places of the names that an earlier row has."""
+        _, new = self._taken.insert(key_array([_digest(name) for name in names]))
+        return [] if new.all() else np.flatnonzero(~new).tolist()
+
+    def close(self) -> None:
+        """Give the scratch files back."""
+        self._taken.close()
+        self._repeats.close()
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _own_name(own: Any) -> str | None:
+    """A row's own id as text, where it can be one."""
+    if not isinstance(own, (str, int)) or isinstance(own, bool):
+        return None
+    name = str(own)
+    if not name.strip():
+        return None
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return None
+    return name
+
+
+def _content_name(source: str, number: int, content: str) -> str:
+    return hashlib.sha256(f"{source}\0{number}\0{content}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def content_key(messages: list[dict[str, Any]]) -> str:
@@ -120,19 +154,43 @@ def content_key(messages: list[dict[str, Any]]) -> str:
 
 def normalise(raw: Mapping[str, Any], spec: SourceSpec, source: str, line: int, identifiers: Identifiers) -> Record | Dropped:
     """One row as a `Record`, or why not."""
-    try:
-        messages = _mapped(raw, spec.map) if spec.map.keys() - {"id"} else _shaped(raw)
-        extra = _system_parts(raw, spec)
-        if extra and messages[:1] and messages[0]["role"] == "system":
-            messages[0] = {**messages[0], "content": "\n\n".join([messages[0]["content"], *extra[1:]])} if extra[1:] else messages[0]
-        elif any(extra):
-            messages = [{"role": "system", "content": "\n\n".join(e for e in extra if e)}, *messages]
-        messages, trimmed = _checked(messages)
-    except _Bad as bad:
-        return Dropped(bad.reason, bad.detail)
-    own = _lookup(raw, spec.map["id"]) if "id" in spec.map else next((raw[k] for k in ("id", "unique_id") if k in raw), None)
-    meta = {"trimmed_turns": trimmed} if trimmed else {}
-    return Record(identifiers.give(source, own, content_key(messages)), source, messages, line, spec.weight, meta)
+    return normalise_many([(line, raw)], spec, source, identifiers)[0]
+
+
+def normalise_many(
+    rows: Sequence[tuple[int, Mapping[str, Any] | Broken]], spec: SourceSpec, source: str, identifiers: Identifiers
+) -> list[Record | Dropped]:
+    """(line, row) of one source as records, or why not; in order."""
+    out: list[Any] = []
+    good, owns, contents = [], [], []
+    for line, raw in rows:
+        if isinstance(raw, Broken):
+            out.append(Dropped(raw.reason, raw.detail))
+            continue
+        try:
+            messages, trimmed = _conversation(raw, spec)
+        except _Bad as bad:
+            out.append(Dropped(bad.reason, bad.detail))
+            continue
+        good.append(len(out))
+        owns.append(_lookup(raw, spec.map["id"]) if "id" in spec.map else next((raw[k] for k in ("id", "unique_id") if k in raw), None))
+        contents.append(content_key(messages))
+        out.append((messages, line, {"trimmed_turns": trimmed} if trimmed else {}))
+    for place, id in zip(good, identifiers.give_many(source, owns, contents), strict=True):
+        messages, line, meta = out[place]
+        out[place] = Record(id, source, messages, line, spec.weight, meta)
+    return out
+
+
+def _conversation(raw: Mapping[str, Any], spec: SourceSpec) -> tuple[list[dict[str, Any]], int]:
+    """The messages of a row and the number of turns that were taken off its end."""
+    messages = _mapped(raw, spec.map) if spec.map.keys() - {"id"} else _shaped(raw)
+    extra = _system_parts(raw, spec)
+    if extra and messages[:1] and messages[0]["role"] == "system":
+        messages[0] = {**messages[0], "content": "\n\n".join([messages[0]["content"], *extra[1:]])} if extra[1:] else messages[0]
+    elif any(extra):
+        messages = [{"role": "system", "content": "\n\n".join(e for e in extra if e)}, *messages]
+    return _checked(messages)
 
 
 def understood(raw: Mapping[str, Any], spec: SourceSpec) -> bool:
