@@ -193,6 +193,7 @@ def test_operations_in_a_row(tmp_path: Path, chat: Chat) -> None:
         "manifest.json",
         "records.jsonl",
         "rows.arrow",
+        "rows.index",
         "tokenizer.json",
     ]
 
