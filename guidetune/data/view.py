@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ import numpy as np
 
 from guidetune.artefacts import read_json
 from guidetune.data import ledger as ledger_files
-from guidetune.data.prepare import TOKENIZER, leaks, read_records
+from guidetune.data.prepare import TOKENIZER, leaks
 from guidetune.data.rows import EncodedRow, EncodedRows
 from guidetune.errors import BadInput
 
@@ -131,12 +130,12 @@ def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_te
         parts.append(Text(f"rows whose own text is read as a control token: {totals['control_text']:,} (e.g. {why})", style="yellow"))
     if totals["trimmed_turns"]:
         parts.append(Text(f"turns after the last answer, left out: {totals['trimmed_turns']:,}"))
-    same = duplicates(rows)
+    same = rows.duplicates
     parts.append(Text(f"exact duplicates of an earlier row: {same:,}", style="yellow" if same else ""))
     if test_texts is not None:
-        found = leaks(read_records(folder), test_texts)
-        parts.append(Text(f"rows with a prompt of the test set: {len(found):,}", style="red" if found else ""))
-        parts += [Text(f"  {leak.id}: {leak.text[:100]}", style="dim") for leak in found[:3]]
+        found = leaks(folder, test_texts)
+        parts.append(Text(f"rows with a prompt of the test set: {found.rows:,}", style="red" if found.rows else ""))
+        parts += [Text(f"  {leak.id}: {leak.text[:100]}", style="dim") for leak in found.examples]
     parts += [Text(f"note: {note}") for note in totals.get("template", {}).get("notes", [])]
     texts = TokenTexts(folder) if show else None
     for k in range(min(show, len(rows))):
@@ -157,12 +156,6 @@ def ledger_table(totals: dict[str, Any]) -> Table:
         numbers = (tally["read"], tally["used"], tally["cut"], sum(tally["dropped"].values()), tally["tokens"], tally["supervised_tokens"])
         table.add_row(name, *(f"{n:,}" for n in numbers))
     return table
-
-
-def duplicates(rows: EncodedRows) -> int:
-    """How many rows have the same tokens as an earlier row."""
-    seen = {hashlib.blake2b(np.ascontiguousarray(row.input_ids).tobytes(), digest_size=16).digest() for row in rows}
-    return len(rows) - len(seen)
 
 
 def export(folder: Path, path: Path, guidance: Guidance | None = None) -> int:

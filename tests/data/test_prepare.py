@@ -191,6 +191,7 @@ def test_operations_in_a_row(tmp_path: Path, chat: Chat) -> None:
         "ledger.json",
         "ledger.jsonl",
         "manifest.json",
+        "prompts.index",
         "records.jsonl",
         "rows.arrow",
         "rows.index",
@@ -206,9 +207,10 @@ def test_control_tokens_in_the_text_are_counted(tmp_path: Path, chat: Chat) -> N
 
 def test_leaks(tmp_path: Path, chat: Chat) -> None:
     result = run(tmp_path, [good(k) for k in range(5)], chat)
-    found = leaks(read_records(result.path), ["question 3 ", "question 9", ""])
-    assert [leak.text for leak in found] == ["question 3"]
-    assert found[0].id == EncodedRows.open(result.path).ids[3]
+    found = leaks(result.path, ["question 3 ", "question 9", ""])
+    assert found.rows == 1 and [leak.text for leak in found.examples] == ["question 3"]
+    assert found.examples[0].id == EncodedRows.open(result.path).ids[3]
+    assert leaks(result.path, []).rows == leaks(result.path, ["question"]).rows == 0
 
 
 def test_view_and_export(tmp_path: Path, chat: Chat) -> None:
