@@ -313,7 +313,7 @@ class Chat:
             if not isinstance(message.get("content"), str):
                 return Refused(NOT_TEXT, f"turn {k + 1} of {len(messages)} is {type(message.get('content')).__name__}")
         for k in turns:
-            if messages[k].get("train", True) and not messages[k]["content"].strip():
+            if not messages[k]["content"].strip() and messages[k].get("train", True):
                 return Refused(EMPTY_ANSWER, f"assistant turn {k + 1} of {len(messages)} is empty")
         try:
             text, marks = self._render(messages)
@@ -478,10 +478,13 @@ class Chat:
         target: list[bool] = []
         placed: list[Piece] = []
         tokens = self._with_bos(tokens)
+        start = 0
         for (text, is_target), ids in zip(pieces, tokens, strict=True):
-            placed.append(Piece(text, is_target, len(input_ids), len(input_ids) + len(ids)))
+            end = start + len(ids)
+            placed.append(Piece(text, is_target, start, end))
             input_ids += ids
             target += [is_target] * len(ids)
+            start = end
         if append and layout.spans[-1].train:
             eos = self.tokenizer.eos_token_id
             last = max(k for k, piece in enumerate(placed) if piece.target)
@@ -494,11 +497,13 @@ class Chat:
             return Refused(NO_TOKENS, "the assistant's text has no tokens of its own")
         final = layout.spans[-1].boundary
         length = position = 0
-        for piece in placed:
+        for text, _, _, end in placed:
             if position >= final:
                 break
-            position, length = position + len(piece.text), piece.end
-        last_target = len(target) - 1 - target[::-1].index(True)
+            position, length = position + len(text), end
+        last_target = len(target) - 1
+        while not target[last_target]:
+            last_target -= 1
         return Encoded(input_ids, target, placed, length, input_ids[last_target] in self.stop_token_ids, append)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # A template that asks for today's date would give other tokens tomorrow; this is the default date written in the Llama 3.1
@@ -98,7 +99,9 @@ class Template:
         try:
             try:
                 # `Template.render` would wrap the globals in a chain of maps for every row: half of a rendering's time.
-                text = "".join(self._template.root_render_func(self._template.new_context(names, shared=True)))
+                compiled = self._template
+                context = jinja2.runtime.new_context(compiled.environment, compiled.name, compiled.blocks, names, shared=True)
+                text = "".join(compiled.root_render_func(context))
             except Exception:
                 text = self._template.render(names)  # the same error, with the template's own lines in its traceback
         except Exception as error:  # a template is foreign code: whatever it raises is its refusal of this conversation
