@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -269,29 +270,25 @@ def in_own_process(job: str, data: Path, tokenizer: Path, scratch: Path) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(sizes: list[int], incumbents: int, scratch: Path, keep: list[dict[str, Any]]) -> None:
-    """Fill `keep` with one entry per measurement, as they come."""
+def run(sizes: list[int], incumbents: int, scratch: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Hand each measurement to `keep` as it comes."""
     tokenizer = scratch / "tokenizer"
     train_tokenizer(tokenizer)
 
-    def measure(job: str, rows: int, data: Path, place: Path) -> dict[str, Any]:
-        entry = {"job": job, "size": rows, **in_own_process(job, data, tokenizer, place)}
-        keep.append(entry)
+    def measure(job: str, rows: int, data: Path, place: Path, size: int) -> None:
+        entry = {"job": job, "size": rows, "source_bytes": size, **in_own_process(job, data, tokenizer, place)}
+        keep(entry)
         speed = f"{entry['rows_per_cpu_s']:>7,.0f} rows and {entry['tokens_per_cpu_s']:>9,.0f} tokens per CPU-second"
         memory = f"anonymous {entry['peak_anonymous_mb']:>6,.1f} MB, resident {entry['peak_resident_mb']:>6,.1f} MB"
         print(f"{job:18} {rows:>9,} rows: {speed}, {memory}", flush=True)
-        return entry
 
     for rows in sizes:
         place = scratch / str(rows)
         data = place / "data"
         size = write_rows(data, rows)
-        entry = measure("guidetune_prepare", rows, data, place)
-        entry["source_bytes"] = size
-        measure("guidetune_read", rows, data, place)
-        if rows == incumbents:
-            for job in ("datasets_map", "trl_sft"):
-                measure(job, rows, data, place)
+        jobs = ["guidetune_prepare", "guidetune_read", *(("datasets_map", "trl_sft") if rows == incumbents else ())]
+        for job in jobs:
+            measure(job, rows, data, place, size)
         shutil.rmtree(place)
 
 
@@ -308,7 +305,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="20,000 and 80,000 rows")
     parser.add_argument("--rows", type=int, nargs="+", help="other sizes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--incumbents", type=int, metavar="ROWS", help="the size at which they are measured (default: the first; 0: none)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there; those of other sizes in it stay")
     parser.add_argument("--scratch", type=Path, help="folder for the rows (default: a temporary one)")
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -317,25 +315,35 @@ def main() -> None:
         print(json.dumps(JOBS[job](*map(Path, places))))
         return
     sizes = options.rows or ([20_000, 80_000] if options.quick else [50_000, 500_000, 2_000_000])
-    entries: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="prepare-") as scratch:
-        run(sizes, sizes[0], Path(scratch), entries)
-    summary = {
-        f"{job}_{field}_bytes_per_row": growth(entries, job, field)
-        for job in ("guidetune_prepare", "guidetune_read")
-        for field in ("peak_anonymous_mb", "peak_resident_mb")
-    }
-    print("growth of the peaks, bytes per row:", ", ".join(f"{name} {value}" for name, value in summary.items()))
-    if options.json:
-        import datasets
-        import tokenizers
-        import trl
+    incumbents = sizes[0] if options.incumbents is None else options.incumbents
+    entries: list[dict[str, Any]] = json.loads(options.json.read_text())["measurements"] if options.json and options.json.exists() else []
 
-        machine = {"python": platform.python_version(), "cores": os.cpu_count(), "parallel": os.environ.get("TOKENIZERS_PARALLELISM", "")}
-        versions = {module.__name__: module.__version__ for module in (tokenizers, datasets, trl)}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine, "versions": versions, "growth": summary, "measurements": entries}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    def keep(entry: dict[str, Any]) -> None:
+        others = [e for e in entries if (e["job"], e["size"]) != (entry["job"], entry["size"])]
+        entries[:] = sorted([*others, entry], key=lambda e: e["size"])
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report(entries), indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="prepare-") as scratch:
+        run(sizes, incumbents, Path(scratch), keep)
+    print("growth of the peaks in bytes per row:", json.dumps(report(entries)["growth"]))
+
+
+def report(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    jobs, fields = ("guidetune_prepare", "guidetune_read"), ("peak_anonymous_mb", "peak_resident_mb")
+    return {
+        "machine": {
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "not set"),
+        },
+        "versions": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "datasets", "trl")},
+        "growth": {f"{job} {field.removesuffix('_mb')} bytes per row": growth(entries, job, field) for job in jobs for field in fields},
+        "measurements": entries,
+    }
 
 
 if __name__ == "__main__":

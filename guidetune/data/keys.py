@@ -106,7 +106,7 @@ class KeyTable:
         slots, _ = self.insert(keys)
         order = np.argsort(slots, kind="stable")
         ordered = slots[order]
-        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
         sizes = np.diff(np.append(starts, len(ordered)))
         rank = np.arange(len(ordered)) - np.repeat(starts, sizes) + 1
         before = self._table[ordered[starts], self.words].astype(np.int64)

@@ -385,9 +385,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
 
 def _arrow_rows(batch: Any) -> Iterable[dict[str, Any] | Broken]:
     """The rows of an Arrow batch; text that is not UTF-8 costs its row alone."""
+    import pyarrow as pa
+
     try:
         columns = [_values(column) for column in batch.columns]
-    except (UnicodeDecodeError, ValueError):
+    except (UnicodeDecodeError, ValueError, pa.ArrowException):
         return _one_by_one(batch)
     names = batch.schema.names
     if len(set(names)) < len(names):
@@ -423,12 +425,13 @@ def _values(array: Any) -> list[Any]:
 
 
 def _read_dataset(name: str, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
-    """Rows through `datasets`: a saved set is mapped, anything else is streamed without a copy in a cache."""
+    """Rows through `datasets`: a saved set is mapped, anything else is streamed without a copy in its cache (but for a part of a split)."""
     rows = _saved(Path(name), spec)
     if rows is None:
         import datasets
 
-        rows = _or_bad_input(spec, lambda: datasets.load_dataset(name, spec.subset, split=spec.split, streaming=True))
+        part = "[" in spec.split or "+" in spec.split
+        rows = _or_bad_input(spec, lambda: datasets.load_dataset(name, spec.subset, split=spec.split, streaming=not part))
     number = 0
     batches = iter(rows.with_format("arrow").iter(batch_size=1024))
     while True:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guidetune.artefacts import read_json
+from guidetune.artefacts import atomic_lines, read_json
 from guidetune.data import ledger as ledger_files
 from guidetune.data.prepare import TOKENIZER, leaks
 from guidetune.data.rows import EncodedRow, EncodedRows
@@ -172,30 +171,20 @@ def export_rows(folder: Path, tokenizer: Any, path: Path, guidance: Guidance | N
     rows, texts = EncodedRows.open(Path(folder)), TokenTexts(tokenizer)
     if guidance is not None and len(guidance) != len(rows):
         raise BadInput(f"the guidance holds {len(guidance)} rows, {folder} {len(rows)}: they do not belong together")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            for k, row in enumerate(rows):
-                values: dict[str, Any] = {
-                    "id": row.id,
-                    "source": row.source,
-                    "input_ids": row.input_ids.tolist(),
-                    "loss_weight": row.loss_weight.tolist(),
-                    "pieces": [
-                        {"text": texts.text(row.input_ids[a:b]), "supervised": supervised}
-                        for a, b, supervised in _stretches(row.loss_weight)
-                    ],
-                }
-                if guidance is not None:
-                    values["log_prob"] = [round(float(v), 6) for v in guidance.row(k)]
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_lines(Path(path)) as write:
+        for k, row in enumerate(rows):
+            values: dict[str, Any] = {
+                "id": row.id,
+                "source": row.source,
+                "input_ids": row.input_ids.tolist(),
+                "loss_weight": row.loss_weight.tolist(),
+                "pieces": [
+                    {"text": texts.text(row.input_ids[a:b]), "supervised": supervised} for a, b, supervised in _stretches(row.loss_weight)
+                ],
+            }
+            if guidance is not None:
+                values["log_prob"] = [round(float(v), 6) for v in guidance.row(k)]
+            write(json.dumps(values, ensure_ascii=False))
     return len(rows)
 
 
