@@ -37,7 +37,7 @@ TEMPLATE = (
     "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FILES, BLOCK, SEED = 8, 10_000, 17
+FILES, BLOCK, SEED = 8, 10_000, 17  # at most 8 files, of row groups of 10,000 rows whatever the size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def texts(words: Any, lengths: Any, rng: Any) -> list[str]:
 
 
 def write_rows(folder: Path, rows: int) -> int:
-    """`rows` chats in parquet files of equal size; returns the bytes written."""
+    """`rows` chats in parquet files of equal length; returns the bytes written."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -79,9 +79,9 @@ def write_rows(folder: Path, rows: int) -> int:
     words = vocabulary()
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema([("messages", pa.list_(turn))])
-    done = 0
-    for number in range(FILES):
-        share = rows * (number + 1) // FILES - rows * number // FILES
+    done, files = 0, min(FILES, max(2, rows // (2 * BLOCK)))
+    for number in range(files):
+        share = rows * (number + 1) // files - rows * number // files
         with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema, compression="snappy") as writer:
             while share:
                 count = min(share, BLOCK)
