@@ -163,6 +163,7 @@ def measured(work: Any) -> dict[str, Any]:
         "wall_s": round(wall, 2),
         "rows_per_cpu_s": round(rows / cpu, 1),
         "tokens_per_cpu_s": round(tokens / cpu, 1),
+        "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "not set"),
         "peak_anonymous_mb": round(watch.stop() / 2**20, 1),
         "peak_resident_mb": round(status("VmHWM") / 2**20, 1),
     }
@@ -335,11 +336,7 @@ def report(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
     jobs, fields = ("guidetune_prepare", "guidetune_read"), ("peak_anonymous_mb", "peak_resident_mb")
     return {
-        "machine": {
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "not set"),
-        },
+        "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "datasets", "trl")},
         "growth": {f"{job} {field.removesuffix('_mb')} bytes per row": growth(entries, job, field) for job in jobs for field in fields},
         "measurements": entries,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from guidetune import registry
@@ -37,7 +38,7 @@ PROMPT = np.dtype([("text", "<u8"), ("row", "<i4")])
 TOKENIZER = "tokenizer.json"
 TOO_LONG = "longer than max_length"
 _READ = 256  # rows that are normalised at a time
-_CHUNK, _CHUNK_CHARACTERS = 1024, 4_000_000  # rows per tokenizer call, fewer of long ones
+_CHUNK, _CHUNK_CHARACTERS = 1024, 1_000_000  # rows per tokenizer call, fewer of long ones
 _SHOWN, _EXAMPLES = 5, 3
 _SCAN = 1 << 20
 _LOOK_AHEAD = 50  # rows of a source that are tried before anything is written
@@ -131,6 +132,7 @@ def _build(
             if kept:
                 output.write(kept, encoded)
                 ledger.use(kept, encoded, cuts, [chat.control_text(record.messages) for record in kept])
+            pa.default_memory_pool().release_unused()  # what Arrow's allocator keeps for later grows with time, for no gain in speed
         totals = ledger.finish(template=chat.facts, max_length=settings.max_length)
     _keep_tokenizer(chat, work)
     for spool in work.glob(".step*"):

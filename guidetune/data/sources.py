@@ -1,7 +1,7 @@
 """Where rows come from: jsonl, json, csv and parquet files (also gzipped), patterns such as `data/*.parquet`, folders and hub ids.
 
 Rows are streamed, file after file in the order of their names. Memory grows with the rows only where a format leaves no choice: a
-`.json` list is read whole, and so is a gzipped parquet file; of any other parquet file one row group is held.
+`.json` list is read whole, and so is a gzipped parquet file.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _SUFFIXES: dict[str, Format] = {
 }
 BROKEN_JSON, BAD_UTF8, NOT_A_ROW, BROKEN_CSV = "broken JSON", "bad UTF-8", "not a row", "broken CSV"
 
+
+_BUFFER = 1 << 18  # bytes of a parquet column that are read at a time
 
 WORLD = "world:"  # a set of the embedded world
 
@@ -370,7 +372,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         # A gzipped parquet file cannot be read in parts.
         origin: Any = str(path) if not isinstance(file, gzip.GzipFile) else pa.BufferReader(file.read())
     try:
-        table = pq.ParquetFile(origin)
+        # What is read ahead (`pre_buffer`) stays in memory until the file is closed: all of it, in the end.
+        table = pq.ParquetFile(origin, pre_buffer=False, buffer_size=_BUFFER)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path.name} is not a parquet file: {error}") from None
     number = 0
