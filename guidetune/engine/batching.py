@@ -27,9 +27,8 @@ def steps_per_epoch(rows: int, batch: int) -> int:
 @lru_cache(maxsize=1)
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """The rows of an epoch in their order, read-only. Drawn once per epoch and kept: 4 bytes per row (8 from 2^31 rows on)."""
-    order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(rows)
-    if rows <= np.iinfo(np.int32).max:
-        order = order.astype(np.int32)  # afterwards: the draw itself depends on the type
+    order = np.arange(rows, dtype=np.int32 if rows <= np.iinfo(np.int32).max else np.int64)
+    np.random.default_rng(derive_seed(seed, "order", epoch)).shuffle(order)  # as `permutation(rows)` orders them, without its 8 bytes
     order.flags.writeable = False
     return order
 
