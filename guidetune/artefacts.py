@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     # Model outputs may hold lone surrogates, which UTF-8 cannot carry: they are written as escapes, never lost in a crash.
     write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+@contextmanager
+def atomic_lines(path: Path) -> Iterator[Callable[[str], None]]:
+    """A function that adds a line to a file of any length; the file has its name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n", errors="backslashreplace") as file:
+            yield lambda line: print(line, file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, obj: Any) -> None:

@@ -261,14 +261,14 @@ class _Job:
 
     def _warn_of_leaks(self, folder: Path) -> None:
         """Say so when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
-        from guidetune.data.prepare import leaks, read_records
+        from guidetune.data.prepare import leaks
 
         asked = [m["content"] for items in self._plans.values() for p in items for i in p.items for m in i.messages if m["role"] == "user"]
-        found = leaks(read_records(folder), asked) if asked else []
-        self.ledger["leaks"] = len(found)
-        if found:
-            some = ", ".join(leak.id for leak in found[:3])
-            say(f"warning: {len(found):,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two")
+        found = leaks(folder, asked)
+        self.ledger["leaks"] = found.rows
+        if found.rows:
+            some = ", ".join(leak.id for leak in found.examples)
+            say(f"warning: {found.rows:,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two")
 
     def _max_length(self, arm: Recipe) -> int:
         """The recipe's limit, or the model's context where that is shorter."""

@@ -36,6 +36,8 @@ _USER, _ANSWER = "Qz7userGuidetuneqZ{}end", "Qz7answerGuidetuneqZ{}end"
 _ANSWER_PATTERN = re.compile(r"Qz7answerGuidetuneqZ(\d+)end")
 # Left contexts for tokenizers that put a space before whatever text starts with (SentencePiece style).
 _ANCHORS = ("\n", "\t", "|", "a")
+_REMEMBERED = 4096  # role sequences, and short texts, of which the template's text and the tokens are remembered
+_SHORT = 32  # characters
 _MIN_KEPT = 16  # tokens that a cut leaves at each end of a message, while it can
 
 
@@ -129,6 +131,8 @@ class Chat:
         self._added_anywhere = re.compile(alternatives)
         self._added_tail = re.compile(rf"({alternatives})(\s*)\Z")
         self.notes: list[str] = []
+        self._skeletons: dict[tuple[str, ...], list[str] | None] = {}
+        self._short: dict[str, list[int]] = {}
         self._as_parts = False
         self.tool_role = "tool"
         self._probe()
@@ -278,6 +282,9 @@ class Chat:
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         plain = []
         for message in messages:
+            if "train" not in message and not self._as_parts and message["role"] != "tool":
+                plain.append(message)
+                continue
             item = {k: v for k, v in message.items() if k != "train"}
             if item["role"] == "tool" and self.tool_role != "tool":
                 item["role"] = self.tool_role
@@ -306,7 +313,7 @@ class Chat:
             if not isinstance(message.get("content"), str):
                 return Refused(NOT_TEXT, f"turn {k + 1} of {len(messages)} is {type(message.get('content')).__name__}")
         for k in turns:
-            if messages[k].get("train", True) and not messages[k]["content"].strip():
+            if not messages[k]["content"].strip() and messages[k].get("train", True):
                 return Refused(EMPTY_ANSWER, f"assistant turn {k + 1} of {len(messages)} is empty")
         try:
             text, marks = self._render(messages)
@@ -314,15 +321,21 @@ class Chat:
                 text.encode()
             except UnicodeEncodeError as error:
                 return Refused(SURROGATE, f"character {text[error.start]!r} cannot be written as UTF-8")
-            hidden = list(messages)
-            for j, k in enumerate(turns):
-                hidden[k] = {**messages[k], "content": _ANSWER.format(j)}
-            segments = _split_answers(self._render(hidden)[0], len(turns))
+            places = self._places(text, messages)
+            segments = None
+            if places is None:
+                hidden = list(messages)
+                for j, k in enumerate(turns):
+                    hidden[k] = {**messages[k], "content": _ANSWER.format(j)}
+                segments = _split_answers(self._render(hidden)[0], len(turns))
             spans: list[_Span] = []
-            position: int | None = 0
+            position = 0
             for j, k in enumerate(turns):
                 found = None
-                if segments is not None and position is not None:
+                if places is not None:
+                    start, end = places[k]
+                    found = start - self._lead_length(text, position, start), end
+                elif segments is not None:
                     found = self._walk(text, position, segments[j], segments[j + 1], messages[k]["content"])
                 found = found or self._anchor(text, messages, k)
                 if found is None and len(marks) == len(turns):
@@ -339,8 +352,38 @@ class Chat:
             return Refused(NOT_FOUND, "assistant turns overlap in the rendered text")
         return _Layout(text, spans, turns[-1] == len(messages) - 1)
 
-    def _lead_length(self, before: str) -> int:
-        return max((n for tail, n in self._tails.items() if before.endswith(tail)), default=0)
+    def _places(self, text: str, messages: Sequence[Message]) -> list[tuple[int, int]] | None:
+        """Where each message's content lies in `text`, when that is the template's own text with the contents in it as they are.
+
+        What a template writes around the contents of a sequence of roles is learnt once. None: it does not explain all of `text`,
+        as with templates that look into the contents; those are found by rendering the conversation again.
+        """
+        roles = tuple([message["role"] for message in messages])
+        if roles not in self._skeletons:
+            if len(self._skeletons) >= _REMEMBERED:
+                self._skeletons.clear()
+            hidden = [{"role": role, "content": _ANSWER.format(k)} for k, role in enumerate(roles)]
+            try:
+                self._skeletons[roles] = _split_answers(self._render(hidden)[0], len(roles))
+            except TemplateRefusal:
+                self._skeletons[roles] = None
+        skeleton = self._skeletons[roles]
+        if skeleton is None:
+            return None
+        places, position = [], 0
+        for before, message in zip(skeleton, messages, strict=False):
+            start = position + len(before)
+            written = message["content"]
+            if not text.startswith(written, start):
+                written = written.strip()
+            if not text.startswith(before, position) or not text.startswith(written, start):
+                return None
+            position = start + len(written)
+            places.append((start, position))
+        return places if text.startswith(skeleton[-1], position) and len(text) == position + len(skeleton[-1]) else None
+
+    def _lead_length(self, text: str, start: int, end: int) -> int:
+        return max((n for tail, n in self._tails.items() if text.endswith(tail, start, end)), default=0)
 
     def _walk(self, text: str, position: int, before: str, after: str, content: str) -> tuple[int, int] | None:
         """(boundary, end of content), when the template writes the content as it is or stripped."""
@@ -350,7 +393,7 @@ class Chat:
         for written in (content, content.strip(), content.rstrip(), content.lstrip()):
             end = start + len(written)
             if text.startswith(written, start) and text.startswith(after, end):
-                return start - self._lead_length(before), end
+                return start - self._lead_length(before, 0, len(before)), end
         return None
 
     def _anchor(self, text: str, messages: Sequence[Message], k: int) -> tuple[int, int] | None:
@@ -361,7 +404,7 @@ class Chat:
         if segments is None:
             return None
         before, after = segments
-        boundary = len(before) - self._lead_length(before)
+        boundary = len(before) - self._lead_length(before, 0, len(before))
         end = len(text) - len(after)
         if boundary < end and text.startswith(before[:boundary]) and text.endswith(after):
             return boundary, end
@@ -435,10 +478,13 @@ class Chat:
         target: list[bool] = []
         placed: list[Piece] = []
         tokens = self._with_bos(tokens)
+        start = 0
         for (text, is_target), ids in zip(pieces, tokens, strict=True):
-            placed.append(Piece(text, is_target, len(input_ids), len(input_ids) + len(ids)))
+            end = start + len(ids)
+            placed.append(Piece(text, is_target, start, end))
             input_ids += ids
             target += [is_target] * len(ids)
+            start = end
         if append and layout.spans[-1].train:
             eos = self.tokenizer.eos_token_id
             last = max(k for k, piece in enumerate(placed) if piece.target)
@@ -451,11 +497,13 @@ class Chat:
             return Refused(NO_TOKENS, "the assistant's text has no tokens of its own")
         final = layout.spans[-1].boundary
         length = position = 0
-        for piece in placed:
+        for text, _, _, end in placed:
             if position >= final:
                 break
-            position, length = position + len(piece.text), piece.end
-        last_target = len(target) - 1 - target[::-1].index(True)
+            position, length = position + len(text), end
+        last_target = len(target) - 1
+        while not target[last_target]:
+            last_target -= 1
         return Encoded(input_ids, target, placed, length, input_ids[last_target] in self.stop_token_ids, append)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -516,6 +564,18 @@ class Chat:
             "input_ids"
         ]
 
+    def _remembered(self, texts: list[str]) -> list[list[int]]:
+        """`_ids`, with the tokens of short texts (a template's own, mostly) remembered."""
+        known = self._short
+        if len(known) > _REMEMBERED:
+            known.clear()
+        new = list(dict.fromkeys(text for text in texts if len(text) <= _SHORT and text not in known))
+        long = [text for text in texts if len(text) > _SHORT]
+        ids = self._ids(new + long)
+        known.update(zip(new, ids, strict=False))
+        rest = iter(ids[len(new) :])
+        return [known[text] if len(text) <= _SHORT else next(rest) for text in texts]
+
     def _tokenise(self, rows: list[list[str]]) -> list[list[list[int]]]:
         """Token ids of each piece of each row; one call for all."""
         texts, drops = [], []
@@ -526,7 +586,7 @@ class Chat:
                 texts.append(anchor + piece)
                 drops.append(anchor)
                 left = piece
-        ids = self._ids(texts)
+        ids = self._remembered(texts)
         anchors = list(dict.fromkeys(d for d in drops if d))
         known = dict(zip(anchors, self._ids(anchors), strict=True))
         out, at = [], 0

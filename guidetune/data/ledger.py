@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring as quoted  # a text as JSON, letters outside ASCII as they are
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from guidetune.artefacts import write_json
+from guidetune.data.chat import Encoded
+from guidetune.data.records import Record
 
 FILE, LINES = "ledger.json", "ledger.jsonl"
 _EXAMPLES = 3
@@ -40,7 +45,7 @@ class _Tally:
     appended_eos: int = 0
     trimmed_turns: int = 0
     control_text: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("I"))
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # rows of each length in tokens
 
     def as_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in _COUNTS}
@@ -56,52 +61,47 @@ class Ledger:
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._file = (folder / LINES).open("w", encoding="utf-8", newline="\n", errors="backslashreplace")
 
-    def read(self, source: str) -> None:
-        self._sources[source].read += 1
+    def read(self, source: str, rows: int = 1) -> None:
+        self._sources[source].read += rows
 
     def drop(self, id: str, source: str, line: int, reason: str, why: str) -> None:
         self._sources[source].dropped[reason] += 1
         self._example(reason, id, source, line, why)
-        self._line(id=id, source=source, line=line, outcome="dropped", reason=reason, why=why, tokens_cut=0)
+        values = {"id": id, "source": source, "line": line, "outcome": "dropped", "reason": reason, "why": why, "tokens_cut": 0}
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
-    def use(
-        self,
-        id: str,
-        source: str,
-        line: int,
-        *,
-        tokens: int,
-        supervised: int,
-        tokens_cut: int = 0,
-        ends_with_stop: bool = True,
-        appended_eos: bool = False,
-        trimmed_turns: int = 0,
-        control_text: str | None = None,
-    ) -> None:
-        tally = self._sources[source]
-        tally.used += 1
-        tally.cut += tokens_cut > 0
-        tally.tokens += tokens
-        tally.supervised_tokens += supervised
-        tally.tokens_cut += tokens_cut
-        tally.ends_with_stop += ends_with_stop
-        tally.appended_eos += appended_eos
-        tally.trimmed_turns += trimmed_turns
-        if control_text is not None:
-            tally.control_text += 1
-            self._example("control token in the text", id, source, line, f"the text holds {control_text!r}")
-        tally.lengths.append(tokens)
-        outcome = "cut" if tokens_cut else "used"
-        reason = "longer than max_length" if tokens_cut else None
-        self._line(id=id, source=source, line=line, outcome=outcome, reason=reason, tokens_cut=tokens_cut)
+    def use(self, records: Sequence[Record], encoded: Sequence[Encoded], cut: Sequence[int], control: Sequence[str | None]) -> None:
+        """Rows that are used: `cut` are the tokens taken out of each, `control` the control token that its own text holds."""
+        of_source: dict[str, list[int]] = {}
+        lines = []
+        for k, (record, count) in enumerate(zip(records, cut, strict=True)):
+            of_source.setdefault(record.source, []).append(k)
+            outcome = '"cut", "reason": "longer than max_length"' if count else '"used", "reason": null'
+            lines.append(
+                f'{{"id": {quoted(record.id)}, "source": {quoted(record.source)}, "line": {record.line}, '
+                f'"outcome": {outcome}, "tokens_cut": {count}}}\n'
+            )
+            if control[k] is not None:
+                self._sources[record.source].control_text += 1
+                self._example("control token in the text", record.id, record.source, record.line, f"the text holds {control[k]!r}")
+        self._file.write("".join(lines))
+        for source, places in of_source.items():
+            tally, rows = self._sources[source], [encoded[k] for k in places]
+            lengths = np.array([len(row.input_ids) for row in rows])
+            tally.used += len(rows)
+            tally.cut += sum(cut[k] > 0 for k in places)
+            tally.tokens += int(lengths.sum())
+            tally.supervised_tokens += sum(row.supervised for row in rows)
+            tally.tokens_cut += sum(cut[k] for k in places)
+            tally.ends_with_stop += sum(row.ends_with_stop for row in rows)
+            tally.appended_eos += sum(row.appended_eos for row in rows)
+            tally.trimmed_turns += sum(records[k].meta.get("trimmed_turns", 0) for k in places)
+            tally.lengths = _added(tally.lengths, np.bincount(lengths))
 
     def _example(self, reason: str, id: str, source: str, line: int, why: str) -> None:
         examples = self._examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
             examples.append({"id": id, "source": source, "line": line, "why": why})
-
-    def _line(self, **values: Any) -> None:
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def totals(self) -> dict[str, Any]:
         whole = _Tally()
@@ -109,7 +109,7 @@ class Ledger:
             for name in _COUNTS:
                 setattr(whole, name, getattr(whole, name) + getattr(tally, name))
             whole.dropped.update(tally.dropped)
-            whole.lengths.extend(tally.lengths)
+            whole.lengths = _added(whole.lengths, tally.lengths)
         return whole.as_dict() | {
             "sources": {name: tally.as_dict() for name, tally in self._sources.items()},
             "examples": self._examples,
@@ -134,11 +134,22 @@ class Ledger:
         self.close()
 
 
-def _quantiles(lengths: array[int]) -> dict[str, int]:
-    if not lengths:
-        return {"p50": 0, "p95": 0, "max": 0}
-    import numpy as np
+def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two histograms, of which one may be longer."""
+    out = np.zeros(max(len(a), len(b)), dtype=np.int64)
+    out[: len(a)] += a
+    out[: len(b)] += b
+    return out
 
-    values = np.frombuffer(lengths, dtype=np.dtype(f"u{lengths.itemsize}"))
-    p50, p95 = np.percentile(values, [50, 95], method="inverted_cdf")
-    return {"p50": int(p50), "p95": int(p95), "max": int(values.max())}
+
+def _quantiles(counts: np.ndarray) -> dict[str, int]:
+    """Median, 95th percentile and maximum (each the length of some row) from the number of rows of each length."""
+    total = int(counts.sum())
+    if not total:
+        return {"p50": 0, "p95": 0, "max": 0}
+    upto = np.cumsum(counts)
+
+    def at(hundredths: int) -> int:
+        return int(np.searchsorted(upto, -(-hundredths * total // 100)))
+
+    return {"p50": at(50), "p95": at(95), "max": int(np.flatnonzero(counts)[-1])}

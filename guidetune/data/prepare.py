@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import marshal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from guidetune import registry
 from guidetune.artefacts import StageResult, digest_file, stage
 from guidetune.data import records, sources
 from guidetune.data.chat import Chat, Encoded, Refused
+from guidetune.data.keys import key_array
 from guidetune.data.ledger import Ledger
 from guidetune.data.operations import Operation, OperationContext
 from guidetune.data.records import Dropped, Identifiers, Record
-from guidetune.data.rows import RowWriter
+from guidetune.data.rows import FILE, EncodedRows, RowWriter
 from guidetune.data.sources import Broken, SourceSpec
 from guidetune.errors import BadInput, RunFailed
 from guidetune.progress import Bar, progress
 
+VERSION = 2  # of what this stage writes: raise it when the same inputs give other files
 RECORDS = "records.jsonl"
+PROMPTS = "prompts.index"
+PROMPT = np.dtype([("text", "<u8"), ("row", "<i4")])
+"""Hash of a user turn, and the row that it is in."""
 TOKENIZER = "tokenizer.json"
 TOO_LONG = "longer than max_length"
-_CHUNK = 512  # rows per tokenizer call
+_READ = 256  # rows that are normalised at a time
+_CHUNK, _CHUNK_CHARACTERS = 1024, 1_000_000  # rows per tokenizer call, fewer of long ones
+_SHOWN, _EXAMPLES = 5, 3
+_SCAN = 1 << 20
 _LOOK_AHEAD = 50  # rows of a source that are tried before anything is written
 
 
@@ -56,7 +70,8 @@ def prepare(
 ) -> StageResult:
     """Read, normalise, operate, encode; the result is the totals of the ledger.
 
-    Writes rows.arrow, records.jsonl, ledger.json, ledger.jsonl and tokenizer.json.
+    Writes rows.arrow and rows.index, records.jsonl, prompts.index, ledger.json, ledger.jsonl and tokenizer.json. Memory does not
+    grow with the number of rows: one chunk is held, and what must be known of all rows is in files.
 
     Raises:
         BadInput: a source cannot be read or understood, no row is left, or a limit set by the user is passed.
@@ -69,7 +84,7 @@ def prepare(
     digests = _digests(specs, root)
     key = {
         "stage": "prepare",
-        "version": 1,
+        "version": VERSION,
         "sources": [
             {**spec.model_dump(exclude={"path", "name"}), "name": name, "digest": digest}
             for spec, name, digest in zip(specs, names, digests, strict=True)
@@ -98,51 +113,93 @@ def _build(
 ) -> dict[str, Any]:
     _check_columns(specs, root)
     too_long: list[str] = []
-    with (
-        Ledger(work, names) as ledger,
-        RowWriter(work / "rows.arrow") as rows,
-        open(work / RECORDS, "w", encoding="utf-8", newline="\n") as texts,
-        progress("prepare", unit="rows") as bar,
-    ):
-        stream: Iterable[Record] = _records(specs, names, root, ledger, bar)
+    count = 0
+
+    def drop(record: Record, refused: Refused, tokens: int = 0) -> None:
+        nonlocal count
+        if tokens and settings.over_length == "refuse":
+            count += 1
+            if count <= _SHOWN:
+                too_long.append(f"{record.source} line {record.line} (id {record.id}): {tokens} tokens")
+        ledger.drop(record.id, record.source, record.line, refused.reason, refused.detail)
+
+    with _rare_collections(), Ledger(work, names) as ledger, _Output(work) as output, progress("prepare", unit="rows") as bar:
+        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar)
         for number, step in enumerate(steps):
             stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger)
-        for record, encoded in _encoded(stream, chat, ledger):
-            cut = 0
-            if len(encoded.input_ids) > settings.max_length:
-                shorter = _shorten(record, encoded, chat, settings)
-                if isinstance(shorter, Refused):
-                    if settings.over_length == "refuse":
-                        too_long.append(f"{record.source} line {record.line} (id {record.id}): {len(encoded.input_ids)} tokens")
-                    ledger.drop(record.id, record.source, record.line, shorter.reason, shorter.detail)
-                    continue
-                encoded, cut = shorter
-            rows.write(record.id, record.source, encoded.input_ids, [record.weight if t else 0.0 for t in encoded.target])
-            texts.write(json.dumps({"id": record.id, "source": record.source, "messages": record.messages}, ensure_ascii=False) + "\n")
-            ledger.use(
-                record.id,
-                record.source,
-                record.line,
-                tokens=len(encoded.input_ids),
-                supervised=encoded.supervised,
-                tokens_cut=cut,
-                ends_with_stop=encoded.ends_with_stop,
-                appended_eos=encoded.appended_eos,
-                trimmed_turns=record.meta.get("trimmed_turns", 0),
-                control_text=chat.control_text(record.messages),
-            )
+        for chunk in _chunks(stream):
+            kept, encoded, cuts = _fitting(chunk, chat, settings, drop)
+            if kept:
+                output.write(kept, encoded)
+                ledger.use(kept, encoded, cuts, [chat.control_text(record.messages) for record in kept])
+            pa.default_memory_pool().release_unused()  # what Arrow's allocator keeps for later grows with time, for no gain in speed
         totals = ledger.finish(template=chat.facts, max_length=settings.max_length)
     _keep_tokenizer(chat, work)
     for spool in work.glob(".step*"):
         spool.unlink()
     if too_long:
-        shown = too_long[:5] + ([f"and {len(too_long) - 5} more"] if len(too_long) > 5 else [])
+        shown = too_long + ([f"and {count - _SHOWN} more"] if count > _SHOWN else [])
         raise BadInput(
-            [f"{len(too_long)} rows are longer than max_length {settings.max_length} and over_length is refuse:", *shown]
+            [f"{count} rows are longer than max_length {settings.max_length} and over_length is refuse:", *shown]
             + ["raise max_length, or set over_length: cut or drop"]
         )
     _check_totals(totals, specs, names, settings)
     return totals
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Rows hold no cycles, but many objects: looking for cycles as often as usual, in all that is imported, takes a tenth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+class _Output:
+    """The files of the used rows, written chunk by chunk: rows, conversations, and a hash of every user turn."""
+
+    def __init__(self, work: Path) -> None:
+        self._rows = RowWriter(work / FILE)
+        self._texts = open(work / RECORDS, "w", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+        self._prompts = open(work / PROMPTS, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._count = 0
+
+    def write(self, records: Sequence[Record], encoded: Sequence[Encoded]) -> None:
+        lengths = np.array([len(row.input_ids) for row in encoded], dtype=np.int64)
+        total = int(lengths.sum())
+        tokens = np.fromiter(chain.from_iterable(row.input_ids for row in encoded), dtype=np.int32, count=total)
+        target = np.fromiter(chain.from_iterable(row.target for row in encoded), dtype=bool, count=total)
+        weight = np.repeat(np.array([record.weight for record in records], dtype=np.float32), lengths)
+        weight[~target] = 0
+        self._rows.write_many([record.id for record in records], [record.source for record in records], lengths, tokens, weight)
+        self._texts.write("".join([_line(record) for record in records]))
+        asked = [(k, m["content"]) for k, record in enumerate(records, self._count) for m in record.messages if m["role"] == "user"]
+        index = np.empty(len(asked), dtype=PROMPT)
+        index["row"] = [k for k, _ in asked]
+        index["text"] = key_array([_text_key(text) for _, text in asked]).reshape(-1)
+        self._prompts.write(index.tobytes())
+        self._count += len(records)
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._rows.close()
+        finally:
+            self._texts.close()
+            self._prompts.close()
+
+
+def _line(record: Record) -> str:
+    """The record as one line of JSON."""
+    if all(len(message) == 2 for message in record.messages):  # as `json.dumps` writes it, in a third of the time
+        turns = [f'{{"role": {quoted(message["role"])}, "content": {quoted(message["content"])}}}' for message in record.messages]
+        return f'{{"id": {quoted(record.id)}, "source": {quoted(record.source)}, "messages": [{", ".join(turns)}]}}\n'
+    return json.dumps({"id": record.id, "source": record.source, "messages": record.messages}, ensure_ascii=False) + "\n"
 
 
 def _keep_tokenizer(chat: Chat, work: Path) -> None:
@@ -177,17 +234,21 @@ def _check_columns(specs: list[SourceSpec], root: Path) -> None:
         raise BadInput(problems)
 
 
-def _records(specs: list[SourceSpec], names: list[str], root: Path, ledger: Ledger, bar: Bar) -> Iterator[Record]:
-    identifiers = Identifiers()
-    for spec, name in zip(specs, names, strict=True):
-        for line, raw in sources.read(spec, root):
-            ledger.read(name)
-            bar.advance()
-            result = Dropped(raw.reason, raw.detail) if isinstance(raw, Broken) else records.normalise(raw, spec, name, line, identifiers)
-            if isinstance(result, Dropped):
-                ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)
-            else:
-                yield result
+def _records(specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar) -> Iterator[Record]:
+    identifiers = Identifiers(work)
+    try:
+        for spec, name in zip(specs, names, strict=True):
+            rows = sources.read(spec, root)
+            while chunk := list(islice(rows, _READ)):
+                ledger.read(name, len(chunk))
+                bar.advance(len(chunk))
+                for (line, _), result in zip(chunk, records.normalise_many(chunk, spec, name, identifiers), strict=True):
+                    if isinstance(result, Dropped):
+                        ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)
+                    else:
+                        yield result
+    finally:
+        identifiers.close()
 
 
 def _operate(step: Operation, stream: Iterable[Record], spool: Path, seed: int, ledger: Ledger) -> Iterator[Record]:
@@ -202,7 +263,7 @@ def _operate(step: Operation, stream: Iterable[Record], spool: Path, seed: int, 
         ledger.drop(record.id, record.source, record.line, reason, why)
 
     kept = 0
-    for record in step.apply(rows, OperationContext(seed, drop)):
+    for record in step.apply(rows, OperationContext(seed, drop, spool.parent)):
         kept += 1
         yield record
     if kept + dropped != rows.count:
@@ -217,25 +278,56 @@ class _Spool:
         self.path, self.count = path, 0
 
     def fill(self, stream: Iterable[Record]) -> None:
-        with open(self.path, "w", encoding="utf-8", newline="\n") as file:
-            for record in stream:
-                self.count += 1
-                file.write(json.dumps([record.id, record.source, record.messages, record.line, record.weight, record.meta]) + "\n")
+        with open(self.path, "wb") as file:
+            for chunk in _chunks(stream):
+                self.count += len(chunk)
+                # our own scratch file, read by the process that wrote it
+                marshal.dump([(r.id, r.source, r.messages, r.line, r.weight, r.meta) for r in chunk], file)
 
     def __iter__(self) -> Iterator[Record]:
-        with open(self.path, encoding="utf-8") as file:
-            for line in file:
-                yield Record(*json.loads(line))
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            while file.tell() < size:
+                for values in marshal.load(file):
+                    yield Record(*values)
 
 
-def _encoded(stream: Iterable[Record], chat: Chat, ledger: Ledger) -> Iterator[tuple[Record, Encoded]]:
-    stream = iter(stream)
-    while chunk := list(islice(stream, _CHUNK)):
-        for record, result in zip(chunk, chat.encode_many([r.messages for r in chunk]), strict=True):
-            if isinstance(result, Refused):
-                ledger.drop(record.id, record.source, record.line, result.reason, result.detail)
-            else:
-                yield record, result
+def _chunks(stream: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records in lists that are short enough to hold, whatever their length."""
+    chunk: list[Record] = []
+    size = 0
+    for record in stream:
+        chunk.append(record)
+        size += sum([len(message["content"]) for message in record.messages])
+        if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _fitting(
+    chunk: list[Record], chat: Chat, settings: PrepareSettings, drop: Callable[[Record, Refused, int], None]
+) -> tuple[list[Record], list[Encoded], list[int]]:
+    """The records that can be used, their tokens, and how many were cut out of each."""
+    kept: list[Record] = []
+    rows: list[Encoded] = []
+    cuts: list[int] = []
+    for record, encoded in zip(chunk, chat.encode_many([record.messages for record in chunk]), strict=True):
+        cut = 0
+        if isinstance(encoded, Refused):
+            drop(record, encoded, 0)
+            continue
+        if len(encoded.input_ids) > settings.max_length:
+            shorter = _shorten(record, encoded, chat, settings)
+            if isinstance(shorter, Refused):
+                drop(record, shorter, len(encoded.input_ids))
+                continue
+            encoded, cut = shorter
+        kept.append(record)
+        rows.append(encoded)
+        cuts.append(cut)
+    return kept, rows, cuts
 
 
 def _shorten(record: Record, encoded: Encoded, chat: Chat, settings: PrepareSettings) -> tuple[Encoded, int] | Refused:
@@ -276,21 +368,38 @@ class Leak(NamedTuple):
     text: str
 
 
-def leaks(train: Iterable[Record | Mapping[str, Any]], others: Iterable[str]) -> list[Leak]:
-    """Training rows with a user turn that is exactly (up to outer white space) one of the `others` texts, such as test prompts."""
-    known = {_text_key(text) for text in others if text.strip()}
-    found = []
-    for record in train:
-        id, messages = (record.id, record.messages) if isinstance(record, Record) else (record["id"], record["messages"])
-        for message in messages:
-            if message["role"] == "user" and _text_key(message["content"]) in known:
-                found.append(Leak(id, message["content"]))
-                break
-    return found
+class Leaks(NamedTuple):
+    """How many rows have a prompt of the test set, and the first of them."""
+
+    rows: int
+    examples: list[Leak]
+
+
+def leaks(folder: Path, others: Iterable[str]) -> Leaks:
+    """Rows of a prepare folder with a user turn that is exactly (up to outer white space) one of `others`, such as test prompts.
+
+    Texts are compared by 64-bit hashes that were written with the rows: 12 bytes per user turn are read, and no text.
+    """
+    known = {_text_key(text): text.strip() for text in others if text.strip()}
+    path = Path(folder) / PROMPTS
+    if not known or not path.stat().st_size:
+        return Leaks(0, [])
+    wanted = np.sort(key_array(list(known)).reshape(-1))
+    index = np.memmap(path, dtype=PROMPT, mode="r").view(np.ndarray)
+    count, last, first = 0, -1, []
+    for start in range(0, len(index), _SCAN):
+        part = index[start : start + _SCAN]
+        hits = part[np.isin(part["text"], wanted)]
+        rows = np.unique(hits["row"])
+        count += len(rows) - int(last in rows[:1])  # a row's turns may lie in two parts
+        last = int(rows[-1]) if len(rows) else last
+        first += hits[: _EXAMPLES - len(first)].tolist() if len(first) < _EXAMPLES else []
+    ids = EncodedRows.open(folder).ids if first else []
+    return Leaks(count, [Leak(ids[row], known[int(key).to_bytes(8, "little")]) for key, row in first])
 
 
 def _text_key(text: str) -> bytes:
-    return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
-"""Where rows come from: jsonl, json, csv and parquet files (also gzipped), folders and hub ids through `datasets`.
+"""Where rows come from: jsonl, json, csv and parquet files (also gzipped), patterns such as `data/*.parquet`, folders and hub ids.
 
-Rows are streamed; only a `.json` file, which has to be read whole, needs memory that grows with its rows.
+Rows are streamed, file after file in the order of their names. Memory grows with the rows only where a format leaves no choice: a
+`.json` list is read whole, and so is a gzipped parquet file.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import difflib
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -35,6 +37,8 @@ _SUFFIXES: dict[str, Format] = {
 BROKEN_JSON, BAD_UTF8, NOT_A_ROW, BROKEN_CSV = "broken JSON", "bad UTF-8", "not a row", "broken CSV"
 
 
+_BUFFER = 1 << 18  # bytes of a parquet column that are read at a time
+
 WORLD = "world:"  # a set of the embedded world
 
 
@@ -43,7 +47,7 @@ class SourceSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(description="A file, a folder, or a hub id for `datasets`.")
+    path: str = Field(description="A file, a pattern such as `data/*.parquet`, a folder, or a hub id for `datasets`.")
     format: Format = Field("auto", description="How to read it; auto goes by the name and, for json, by the content.")
     split: str = Field("train", description="Split of a folder or hub data set.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
@@ -91,6 +95,9 @@ class SourceSpec(BaseModel):
         if name.endswith(".gz"):
             name = name[:-3]
         stem = Path(name).stem if Path(name).suffix in _SUFFIXES else name
+        if is_pattern(self.path):  # what the names have in common, or the folder's
+            plain = [part for part in Path(self.path).parts if not is_pattern(part)]
+            stem = re.split(r"[*?\[]", stem)[0].strip("-_. ") or (plain[-1] if plain else "")
         return stem or self.path
 
 
@@ -114,8 +121,20 @@ def labels(specs: list[SourceSpec]) -> list[str]:
     return out
 
 
+def is_pattern(path: str) -> bool:
+    """The path stands for several files."""
+    return any(c in path for c in "*?[")
+
+
+def matches(pattern: Path) -> list[Path]:
+    """The files of a pattern, by name; `**` goes through sub-folders, hidden files are left out."""
+    import glob
+
+    return sorted(Path(found) for found in glob.glob(str(pattern), recursive=True) if Path(found).is_file())
+
+
 def locate(spec: SourceSpec, root: Path) -> Path | None:
-    """The file or folder of a source: relative to the recipe's folder, then to the current one. None: a hub id.
+    """The file, folder or pattern of a source: relative to the recipe's folder, then to the current one. None: a hub id.
 
     Raises:
         BadInput: there is nothing there and it does not look like a hub id; names the nearest existing file.
@@ -127,8 +146,11 @@ def locate(spec: SourceSpec, root: Path) -> Path | None:
     given = Path(spec.path).expanduser()
     places = [given] if given.is_absolute() else [Path(root) / given, Path.cwd() / given]
     for place in places:
-        if place.exists():
+        if place.exists() or (is_pattern(spec.path) and matches(place)):
             return place
+    if is_pattern(spec.path):
+        looked = " and ".join(dict.fromkeys(str(p.parent) for p in places))
+        raise BadInput(f"no file matches {spec.path!r} (looked in {looked})")
     parts = spec.path.split("/")
     suffixes = {Path(spec.path).suffix, Path(spec.path.removesuffix(".gz")).suffix}
     hub_like = len(parts) <= 2 and all(parts) and not given.is_absolute() and not suffixes & {*_SUFFIXES, ".gz", ".txt"}
@@ -210,20 +232,42 @@ def read(spec: SourceSpec, root: Path) -> Iterator[tuple[int, dict[str, Any] | B
 
 
 def _read_path(path: Path, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
-    if path.is_file() and path.stat().st_size == 0:
-        raise BadInput(f"{spec.path} is an empty file")
+    files = [path] if path.is_file() else matches(path) if is_pattern(spec.path) and not path.exists() else None
+    if files is None:
+        if spec.format not in ("auto", "dataset"):
+            raise BadInput(f"{spec.path} is a folder, not a {spec.format} file; leave format out to read it through `datasets`")
+        files = _files_of(path, spec)
+    if files is None:
+        yield from _read_dataset(str(path), spec)
+        return
+    yield from _read_files(files, spec)
+
+
+def _read_files(files: list[Path], spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    """The rows of files one after the other; numbers go on from file to file, and what is broken is named by file and line."""
+    before = 0
+    for file in files:
+        last = 0
+        for last, row in _read_file(file, spec):
+            if len(files) > 1 and isinstance(row, Broken):
+                row = Broken(row.reason, f"{file.name} line {last}: {row.detail}")
+            yield before + last, row
+        before += last
+
+
+def _read_file(path: Path, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    name = spec.path if path.name == Path(spec.path).name else path.name
+    if path.stat().st_size == 0:
+        raise BadInput(f"{name} is an empty file")
     try:
         kind = detect(path, spec)
         if kind == "dataset":
-            yield from _read_dataset(str(path), spec)
-            return
-        if path.is_dir():
-            raise BadInput(f"{spec.path} is a folder, not a {kind} file; leave format out to read it through `datasets`")
+            raise BadInput(f"{name} is a file, and format: dataset is for folders and hub ids; leave format out")
         yield from {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet}[kind](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{spec.path} is not a complete gzip file: {error}; fetch it again") from None
+        raise BadInput(f"{name} is not a complete gzip file: {error}; fetch it again") from None
     except PermissionError:
-        raise BadInput(f"{spec.path} may not be read: permission denied") from None
+        raise BadInput(f"{name} may not be read: permission denied") from None
 
 
 def _open_binary(path: Path) -> IO[bytes]:
@@ -328,7 +372,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         # A gzipped parquet file cannot be read in parts.
         origin: Any = str(path) if not isinstance(file, gzip.GzipFile) else pa.BufferReader(file.read())
     try:
-        table = pq.ParquetFile(origin)
+        # What is read ahead (`pre_buffer`) stays in memory until the file is closed: all of it, in the end.
+        table = pq.ParquetFile(origin, pre_buffer=False, buffer_size=_BUFFER)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path.name} is not a parquet file: {error}") from None
     number = 0
@@ -341,12 +386,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         raise BadInput(f"{path.name} is damaged after row {number}: {error}") from None
 
 
-def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | Broken]:
+def _arrow_rows(batch: Any) -> Iterable[dict[str, Any] | Broken]:
+    """The rows of an Arrow batch; text that is not UTF-8 costs its row alone."""
+    import pyarrow as pa
+
     try:
-        yield from batch.to_pylist()
-        return
-    except (UnicodeDecodeError, ValueError):
-        pass
+        columns = [_values(column) for column in batch.columns]
+    except (UnicodeDecodeError, ValueError, pa.ArrowException):
+        return _one_by_one(batch)
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        return batch.to_pylist()
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)] if columns else [{}] * batch.num_rows
+
+
+def _one_by_one(batch: Any) -> Iterator[dict[str, Any] | Broken]:
     for k in range(batch.num_rows):  # find the row to blame
         try:
             yield batch.slice(k, 1).to_pylist()[0]
@@ -354,23 +408,77 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | Broken]:
             yield Broken(BAD_UTF8, str(error))
 
 
+def _values(array: Any) -> list[Any]:
+    """An Arrow array as Python values. Text, and lists of records of text, go by whole columns: many times faster than value by value."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return array.to_numpy(zero_copy_only=False).tolist()
+    if pa.types.is_struct(kind) and not array.null_count and kind.num_fields:
+        names = [kind.field(k).name for k in range(kind.num_fields)]
+        if len(set(names)) == len(names):
+            return [dict(zip(names, values, strict=True)) for values in zip(*map(_values, array.flatten()), strict=True)]
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and not array.null_count:
+        ends = array.offsets.to_pylist()
+        first = ends[0] if ends else 0
+        inner = _values(array.flatten())  # flatten() leaves out what a slice does not show
+        return [inner[a - first : b - first] for a, b in zip(ends, ends[1:], strict=False)]
+    return array.to_pylist()
+
+
 def _read_dataset(name: str, spec: SourceSpec) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
-    yield from enumerate(_load_dataset(name, spec), 1)
+    """Rows through `datasets`: a saved set is mapped, anything else is streamed without a copy in its cache (but for a part of a split)."""
+    rows = _saved(Path(name), spec)
+    if rows is None:
+        import datasets
+
+        part = "[" in spec.split or "+" in spec.split
+        rows = _or_bad_input(spec, lambda: datasets.load_dataset(name, spec.subset, split=spec.split, streaming=not part))
+    number = 0
+    batches = iter(rows.with_format("arrow").iter(batch_size=1024))
+    while True:
+        table = _or_bad_input(spec, lambda: next(batches, None))
+        if table is None:
+            return
+        for batch in table.to_batches():
+            for row in _arrow_rows(batch):
+                number += 1
+                yield number, row
 
 
-def _load_dataset(name: str, spec: SourceSpec) -> Any:
+def _saved(folder: Path, spec: SourceSpec) -> Any:
+    """A folder written by `save_to_disk`, memory-mapped; None for anything else."""
     import datasets
 
-    folder = Path(name)
-    if folder.is_dir() and (folder / "dataset_info.json").is_file():
-        return datasets.load_from_disk(name)
-    if folder.is_dir() and (folder / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(name)
+    if (folder / "dataset_info.json").is_file():
+        return datasets.load_from_disk(str(folder))
+    if (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(folder))
         if spec.split not in splits:
             raise BadInput(f"{spec.path} has no split {spec.split!r}; it has {', '.join(splits)}")
         return splits[spec.split]
+    return None
+
+
+def _files_of(folder: Path, spec: SourceSpec) -> list[Path] | None:
+    """The files of a folder's split, as `datasets` sorts them out, when the readers here understand them all."""
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return None
+    import datasets
+
+    builder = _or_bad_input(spec, lambda: datasets.load_dataset_builder(str(folder), spec.subset))
+    splits = builder.config.data_files or {}
+    if spec.split not in splits:
+        return None  # parts of a split (`train[:10%]`), or none of that name: theirs to read, or to say so
+    files = sorted(Path(str(file)) for file in splits[spec.split])
+    known = all(file.is_file() and Path(file.name.removesuffix(".gz")).suffix.lower() in _SUFFIXES for file in files)
+    return files if known and files else None
+
+
+def _or_bad_input(spec: SourceSpec, work: Callable[[], Any]) -> Any:
     try:
-        return datasets.load_dataset(name, spec.subset, split=spec.split)
+        return work()
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split, unreadable files
         text = str(error).strip().split("\n")[0]
         raise BadInput(
@@ -380,11 +488,17 @@ def _load_dataset(name: str, spec: SourceSpec) -> Any:
 
 
 def digest(spec: SourceSpec, root: Path) -> str:
-    """Fingerprint of a source's content: the file's bytes, a folder's files, or the hub data set's own fingerprint."""
+    """Fingerprint of a source's content: the bytes of its file or files, or the version of each file of a hub data set."""
     path = locate(spec, root)
     if path is None:
-        return fingerprint(["dataset", spec.path, spec.subset, spec.split, str(_load_dataset(spec.path, spec)._fingerprint)])
+        import datasets
+
+        builder = _or_bad_input(spec, lambda: datasets.load_dataset_builder(spec.path, spec.subset))
+        files = {split: [list(map(str, files)), list(files.origin_metadata)] for split, files in (builder.config.data_files or {}).items()}
+        return fingerprint(["dataset", spec.path, spec.subset, spec.split, files, builder.hash])
     if path.is_file():
         return digest_file(path)
+    if is_pattern(spec.path) and not path.exists():
+        return fingerprint([[file.name, digest_file(file)] for file in matches(path)])
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     return fingerprint([[str(p.relative_to(path)), digest_file(p)] for p in files])

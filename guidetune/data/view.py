@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guidetune.artefacts import read_json
+from guidetune.artefacts import atomic_lines, read_json
 from guidetune.data import ledger as ledger_files
-from guidetune.data.prepare import TOKENIZER, leaks, read_records
+from guidetune.data.prepare import TOKENIZER, leaks
 from guidetune.data.rows import EncodedRow, EncodedRows
 from guidetune.errors import BadInput
 
@@ -131,12 +129,12 @@ def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_te
         parts.append(Text(f"rows whose own text is read as a control token: {totals['control_text']:,} (e.g. {why})", style="yellow"))
     if totals["trimmed_turns"]:
         parts.append(Text(f"turns after the last answer, left out: {totals['trimmed_turns']:,}"))
-    same = duplicates(rows)
+    same = rows.duplicates
     parts.append(Text(f"exact duplicates of an earlier row: {same:,}", style="yellow" if same else ""))
     if test_texts is not None:
-        found = leaks(read_records(folder), test_texts)
-        parts.append(Text(f"rows with a prompt of the test set: {len(found):,}", style="red" if found else ""))
-        parts += [Text(f"  {leak.id}: {leak.text[:100]}", style="dim") for leak in found[:3]]
+        found = leaks(folder, test_texts)
+        parts.append(Text(f"rows with a prompt of the test set: {found.rows:,}", style="red" if found.rows else ""))
+        parts += [Text(f"  {leak.id}: {leak.text[:100]}", style="dim") for leak in found.examples]
     parts += [Text(f"note: {note}") for note in totals.get("template", {}).get("notes", [])]
     texts = TokenTexts(folder) if show else None
     for k in range(min(show, len(rows))):
@@ -159,12 +157,6 @@ def ledger_table(totals: dict[str, Any]) -> Table:
     return table
 
 
-def duplicates(rows: EncodedRows) -> int:
-    """How many rows have the same tokens as an earlier row."""
-    seen = {hashlib.blake2b(np.ascontiguousarray(row.input_ids).tobytes(), digest_size=16).digest() for row in rows}
-    return len(rows) - len(seen)
-
-
 def export(folder: Path, path: Path, guidance: Guidance | None = None) -> int:
     """`export_rows` with the tokenizer that is kept beside the rows."""
     return export_rows(folder, folder, path, guidance)
@@ -179,30 +171,20 @@ def export_rows(folder: Path, tokenizer: Any, path: Path, guidance: Guidance | N
     rows, texts = EncodedRows.open(Path(folder)), TokenTexts(tokenizer)
     if guidance is not None and len(guidance) != len(rows):
         raise BadInput(f"the guidance holds {len(guidance)} rows, {folder} {len(rows)}: they do not belong together")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            for k, row in enumerate(rows):
-                values: dict[str, Any] = {
-                    "id": row.id,
-                    "source": row.source,
-                    "input_ids": row.input_ids.tolist(),
-                    "loss_weight": row.loss_weight.tolist(),
-                    "pieces": [
-                        {"text": texts.text(row.input_ids[a:b]), "supervised": supervised}
-                        for a, b, supervised in _stretches(row.loss_weight)
-                    ],
-                }
-                if guidance is not None:
-                    values["log_prob"] = [round(float(v), 6) for v in guidance.row(k)]
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_lines(Path(path)) as write:
+        for k, row in enumerate(rows):
+            values: dict[str, Any] = {
+                "id": row.id,
+                "source": row.source,
+                "input_ids": row.input_ids.tolist(),
+                "loss_weight": row.loss_weight.tolist(),
+                "pieces": [
+                    {"text": texts.text(row.input_ids[a:b]), "supervised": supervised} for a, b, supervised in _stretches(row.loss_weight)
+                ],
+            }
+            if guidance is not None:
+                values["log_prob"] = [round(float(v), 6) for v in guidance.row(k)]
+            write(json.dumps(values, ensure_ascii=False))
     return len(rows)
 
 

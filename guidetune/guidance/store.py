@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from guidetune.artefacts import finished, write_text_atomic
+from guidetune.artefacts import atomic_lines, finished
 from guidetune.data.rows import EncodedRows
 from guidetune.errors import BadInput
 
@@ -34,9 +34,8 @@ class Guidance:
         manifest = finished(Path(folder))
         if manifest is None:
             raise BadInput(f"{folder} is not a finished guidance folder; run `guidetune guide` on the recipe")
-        offsets = np.fromfile(Path(folder) / ROWS, dtype=np.int64)
-        path = Path(folder) / FILE
-        log_prob = np.memmap(path, dtype=np.float16, mode="r") if path.stat().st_size else np.zeros(0, np.float16)
+        offsets = _mapped(Path(folder) / ROWS, np.int64)
+        log_prob = _mapped(Path(folder) / FILE, np.float16)
         if len(offsets) == 0 or offsets[-1] != len(log_prob):
             raise BadInput(f"{folder} is damaged ({len(log_prob)} values); delete it and run again")
         return cls(log_prob, offsets, manifest.get("result", {}))
@@ -49,8 +48,16 @@ class Guidance:
         return self.log_prob[self.offsets[i] : self.offsets[i + 1]]
 
 
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """A file of numbers, read where it is asked for."""
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
+
+
 def offsets(rows: EncodedRows) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(rows.supervised)]).astype(np.int64)
+    """Where each row's values begin, and where the last one's end: int64 [rows + 1]."""
+    out = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(rows.supervised, out=out[1:])
+    return out
 
 
 def summarise(log_prob: np.ndarray) -> dict[str, Any]:
@@ -79,18 +86,17 @@ def export(folder: Path, rows: EncodedRows, path: Path) -> int:
     store = Guidance.open(folder)
     if len(store) != len(rows):
         raise BadInput(f"{folder} holds {len(store)} rows, the data {len(rows)}: they do not belong together")
-    lines = []
-    for i, row in enumerate(rows):
-        at = np.flatnonzero(row.loss_weight > 0)
-        lines.append(
-            json.dumps(
-                {
-                    "id": row.id,
-                    "positions": at.tolist(),
-                    "target_ids": row.input_ids[at].tolist(),
-                    "log_prob": [round(float(v), 6) for v in store.row(i)],
-                }
+    with atomic_lines(Path(path)) as write:
+        for i, row in enumerate(rows):
+            at = np.flatnonzero(row.loss_weight > 0)
+            write(
+                json.dumps(
+                    {
+                        "id": row.id,
+                        "positions": at.tolist(),
+                        "target_ids": row.input_ids[at].tolist(),
+                        "log_prob": [round(float(v), 6) for v in store.row(i)],
+                    }
+                )
             )
-        )
-    write_text_atomic(Path(path), "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    return len(rows)

@@ -399,3 +399,25 @@ def test_sentencepiece_fixture_is_what_it_says() -> None:
         .convert_ids_to_tokens(sentencepiece_like("bytes", "legacy")("x", add_special_tokens=False)["input_ids"])[0]
         .startswith("▁")
     )
+
+
+_PARTS = ("a", " b ", "\n", "<think>x</think>", "</think>", "'", "{", "<|im_end|>", "é😀", "", "[/INST]", "\t")
+_words = st.sampled_from(_PARTS)
+_content = st.lists(_words, max_size=4).map("".join)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(FAMILY)), system=st.booleans(), pairs=st.integers(1, 3))
+def test_a_learnt_skeleton_gives_what_a_second_rendering_gives(data: st.DataObject, name: str, system: bool, pairs: int) -> None:
+    chat = chat_of(name)
+    rows = []
+    for _row in range(3):
+        messages = [{"role": "system", "content": data.draw(_content)}] if system else []
+        for _pair in range(pairs):
+            messages += [{"role": "user", "content": data.draw(_content)}, {"role": "assistant", "content": data.draw(_content)}]
+        rows.append(messages)
+    quick = chat.encode_many(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chat, "_places", lambda *_: None)
+        patch.setattr(Chat, "_remembered", Chat._ids)
+        assert chat.encode_many(rows) == quick

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guidetune.data import view
 from guidetune.data.chat import Chat
-from guidetune.data.prepare import PrepareSettings, leaks, prepare, read_records
+from guidetune.data.ledger import _quantiles
+from guidetune.data.prepare import PrepareSettings, _line, leaks, prepare, read_records
+from guidetune.data.records import Record, content_key
 from guidetune.data.rows import EncodedRows
 from guidetune.errors import BadInput
 from tests.data.chats import chat_of
@@ -191,8 +198,10 @@ def test_operations_in_a_row(tmp_path: Path, chat: Chat) -> None:
         "ledger.json",
         "ledger.jsonl",
         "manifest.json",
+        "prompts.index",
         "records.jsonl",
         "rows.arrow",
+        "rows.index",
         "tokenizer.json",
     ]
 
@@ -205,9 +214,77 @@ def test_control_tokens_in_the_text_are_counted(tmp_path: Path, chat: Chat) -> N
 
 def test_leaks(tmp_path: Path, chat: Chat) -> None:
     result = run(tmp_path, [good(k) for k in range(5)], chat)
-    found = leaks(read_records(result.path), ["question 3 ", "question 9", ""])
-    assert [leak.text for leak in found] == ["question 3"]
-    assert found[0].id == EncodedRows.open(result.path).ids[3]
+    found = leaks(result.path, ["question 3 ", "question 9", ""])
+    assert found.rows == 1 and [leak.text for leak in found.examples] == ["question 3"]
+    assert found.examples[0].id == EncodedRows.open(result.path).ids[3]
+    assert leaks(result.path, []).rows == leaks(result.path, ["question"]).rows == 0
+
+
+def test_leaks_are_counted_by_row_not_by_turn(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def talk(*asked: str) -> dict[str, Any]:
+        return {"messages": [m for a in asked for m in ({"role": "user", "content": a}, {"role": "assistant", "content": "ok"})]}
+
+    result = run(tmp_path, [talk("a", "b"), talk("c"), talk("b", "b", "a"), talk(" a\n")], chat)
+    for scan in (1 << 20, 1, 2, 3):
+        monkeypatch.setattr("guidetune.data.prepare._SCAN", scan)
+        assert leaks(result.path, ["a", "b"]).rows == 3 and leaks(result.path, ["c ", "z"]).rows == 1
+    found = leaks(result.path, ["a"])
+    ids = EncodedRows.open(result.path).ids
+    assert found.examples == [(ids[0], "a"), (ids[2], "a"), (ids[3], "a")]
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40))
+def test_quantiles_from_a_histogram_are_those_of_the_lengths(lengths: list[int]) -> None:
+    exact = np.percentile(lengths, [50, 95], method="inverted_cdf").astype(int).tolist()
+    assert list(_quantiles(np.bincount(lengths)).values()) == [*exact, max(lengths)]
+
+
+_message = st.builds(
+    lambda role, content, more: {"role": role, "content": content, **more},
+    st.sampled_from(["user", "assistant"]),
+    st.text(max_size=20),
+    st.sampled_from([{}, {"train": False}]),
+)
+
+
+@given(messages=st.lists(_message, max_size=3), id=st.text(max_size=8))
+def test_text_is_written_as_json_writes_it(messages: list[dict[str, Any]], id: str) -> None:
+    values = {"id": id, "source": "s", "messages": messages}
+    assert _line(Record(**values)) == json.dumps(values, ensure_ascii=False) + "\n"
+    assert content_key(messages) == json.dumps([[m["role"], m["content"]] for m in messages])
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from guidetune.data.prepare import PrepareSettings, prepare
+from tests.data.chats import chat_of
+
+place, rows = Path(sys.argv[1]), int(sys.argv[2])
+with open(place / "x.jsonl", "w") as file:
+    for k in range(rows):
+        own = f"row-{k}" if k % 2 else None
+        print(json.dumps({"id": own, "prompt": f"question {k % 100}", "completion": f"answer {k}"}), file=file)
+used = prepare([{"path": "x.jsonl"}], ["deduplicate"], chat_of("chatml"), PrepareSettings(), place / "out", place).result["used"]
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps([used, int(status["VmHWM"].split()[0]) * 1024]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    peaks = {}
+    for rows in (20_000, 200_000):
+        (tmp_path / str(rows)).mkdir()
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / str(rows)), str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr
+        used, peaks[rows] = json.loads(done.stdout)
+        assert used == rows
+    growth = (peaks[200_000] - peaks[20_000]) / 180_000
+    # 11 to 22 bytes per row of hash table are mapped for the ids, twice that for the duplicates; Python sets of them took 200
+    assert growth < 80, f"{growth:.0f} bytes per row"
 
 
 def test_view_and_export(tmp_path: Path, chat: Chat) -> None:
@@ -223,8 +300,6 @@ def test_view_and_export(tmp_path: Path, chat: Chat) -> None:
     assert "dropped 1: broken JSON" in text and "line 3" in text and "prompt of the test set: 1" in text
 
     rows = EncodedRows.open(result.path)
-    import numpy as np
-
     counts = rows.supervised
     guidance = Guidance(np.full(int(counts.sum()), -0.5, np.float16), np.concatenate([[0], np.cumsum(counts)]))
     assert view.export_rows(result.path, chat.tokenizer, tmp_path / "x" / "rows.jsonl", guidance) == 2

@@ -157,6 +157,77 @@ def test_a_folder_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.M
     assert sources.digest(SourceSpec(path="set"), tmp_path) != one
 
 
+def test_many_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number, name in enumerate(("b-00.jsonl", "b-01.jsonl.gz", "b-02.parquet", "b-10.csv", "a.jsonl")):
+        write(tmp_path / "set" / name, [{"q": f"{number}{k}", "a": "x"} for k in range(3)])
+    shards = rows_of("set/b-*", tmp_path)
+    assert [row["q"] for _, row in shards] == [f"{number}{k}" for number in range(4) for k in range(3)]
+    assert [number for number, _ in shards[:9]] == list(range(1, 10))
+    assert [row["q"] for _, row in rows_of("set/b-*", tmp_path, limit=4)] == ["00", "01", "02", "10"]
+    assert [row["q"] for _, row in rows_of("s*/a.jsonl", tmp_path)] == ["40", "41", "42"]
+    (tmp_path / "set" / "b-01.jsonl").write_text('{"q": "1"}\n{broken\n')
+    broken = [row for _, row in rows_of("set/b-*.jsonl*", tmp_path) if isinstance(row, Broken)]
+    assert len(broken) == 1 and broken[0].detail.startswith("b-01.jsonl line 2: ")
+    one = sources.digest(SourceSpec(path="set/b-*"), tmp_path)
+    write(tmp_path / "set" / "b-03.jsonl", ROWS)
+    assert sources.digest(SourceSpec(path="set/b-*"), tmp_path) != one
+    with pytest.raises(BadInput, match="no file matches 'set/c-\\*'"):
+        rows_of("set/c-*", tmp_path)
+    assert [SourceSpec(path=p).label for p in ("d/train-*.parquet", "d/*.jsonl.gz", "d/**/*.csv")] == ["train", "d", "d"]
+
+
+def test_a_folder_of_shards_is_streamed_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        write(tmp_path / "set" / f"train-{number:05d}-of-00003.parquet", [{"q": f"{number}{k}", "a": "x"} for k in range(2)])
+    write(tmp_path / "set" / "test-00000-of-00001.parquet", [{"q": "t", "a": "x"}])
+    assert [row["q"] for _, row in rows_of("set", tmp_path)] == ["00", "01", "10", "11", "20", "21"]
+    assert [row["q"] for _, row in rows_of("set", tmp_path, split="test")] == ["t"]
+    assert not (tmp_path / "cache").exists() or not [p for p in (tmp_path / "cache").rglob("*.arrow")]
+    assert [row["q"] for _, row in rows_of("set", tmp_path, split="train[:50%]")] == ["00", "01", "10"]
+
+
+def test_files_that_only_datasets_reads_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    turns = [[{"role": "user", "content": f"{k}"}, {"role": "assistant", "content": None}] for k in range(2500)]
+    table = pa.table({"m": turns})
+    with pa.OSFile(str(tmp_path / "set" / "train.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    assert [row for _, row in rows_of("set", tmp_path)] == table.to_pylist()
+    assert not [p for p in (tmp_path / "cache").rglob("*.arrow")]
+
+
+_value = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+_turns = st.lists(st.fixed_dictionaries({"role": _value, "content": _value}) | st.none(), max_size=3)
+_row = st.fixed_dictionaries({"t": _value, "m": st.none() | _turns, "n": st.none() | st.integers(-5, 5)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(_row, min_size=1, max_size=6), start=st.integers(0, 3))
+def test_columns_give_the_same_values_as_arrow_itself(rows: list[dict], start: int) -> None:
+    import pyarrow as pa
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.large_string())])
+    schema = pa.schema([("t", pa.string()), ("m", pa.list_(turn)), ("n", pa.int64())])
+    for batch in pa.Table.from_pylist(rows, schema=schema).to_batches():
+        assert list(sources._arrow_rows(batch.slice(start))) == batch.slice(start).to_pylist()
+
+
+def test_bad_utf8_in_parquet_costs_its_row(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary())
+    pq.write_table(pa.table({"a": pa.Array.from_buffers(pa.string(), 3, raw.buffers())}), tmp_path / "x.parquet")
+    rows = [row for _, row in rows_of("x.parquet", tmp_path)]
+    assert rows[0] == {"a": "good"} and rows[2] == {"a": "fine"} and isinstance(rows[1], Broken) and rows[1].reason == sources.BAD_UTF8
+
+
 def test_a_saved_dataset_folder(tmp_path: Path) -> None:
     import datasets
 

@@ -69,7 +69,7 @@ def undisturbed(_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 CASES = [
-    ("prepare", "guidetune.data.rows:RowWriter.write", 13),
+    ("prepare", "guidetune.data.rows:RowWriter.write_many", 1),
     ("guide", "guidetune.engine.forward:head_nll", 1),
     ("tune", "guidetune.engine.loop:_accumulate", 6),
     ("tune-checkpoint", "guidetune.engine.checkpoint:write_bytes_atomic", 4),

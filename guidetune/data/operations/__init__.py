@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from guidetune.data.records import Record
 from guidetune.registry import Method
@@ -14,10 +15,11 @@ Rows = Iterable[Record]
 
 @dataclass(frozen=True)
 class OperationContext:
-    """What an operation may use: the seed of the run, and `drop(record, reason, why)` for the ledger."""
+    """What an operation may use: the seed of the run, `drop(record, reason, why)` for the ledger, and a folder for scratch files."""
 
     seed: int
     drop: Callable[[Record, str, str], None]
+    scratch: Path | None = None
 
 
 class Operation(Method):
