@@ -19,6 +19,7 @@ from guidetune.data.rows import EncodedRows
 from guidetune.engine.batching import MicroBatch, assemble, micro_batches, optimiser_batch, steps_per_epoch
 from guidetune.engine.checkpoint import load_checkpoint, save_checkpoint
 from guidetune.engine.forward import Forward, opened
+from guidetune.engine.recompute import recomputed
 from guidetune.engine.settings import TuneSettings, rate, total_steps
 from guidetune.errors import BadInput, RunFailed
 from guidetune.guidance.store import Guidance
@@ -123,10 +124,6 @@ def fit(
     cursor = load_checkpoint(work, params, optimiser)
     state = _State(**cursor) if cursor else _State(signal=np.zeros((len(SIGNAL_EDGES) - 1, 2)).tolist())
     log = _Metrics(metrics or work / METRICS, state.step)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        if attached.model.get_input_embeddings().weight.requires_grad is False:
-            model.enable_input_require_grads()
     layout = None if settings.layout == "auto" else settings.layout
     per_epoch = steps_per_epoch(len(rows), settings.batch)
     model.train()
@@ -138,7 +135,8 @@ def fit(
         save_checkpoint(work, params, optimiser, state.__dict__)
 
     try:
-        with opened(model, layout, autocast) as forward, progress(label, steps, "steps", state.step) as bar:
+        recompute = recomputed(model, settings.gradient_checkpointing is True)
+        with opened(model, layout, autocast) as forward, recompute, progress(label, steps, "steps", state.step) as bar:
             if validation is not None and state.step == 0:
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:
@@ -192,9 +190,6 @@ def fit(
     except KeyboardInterrupt:
         keep()
         raise
-    finally:
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
     for name, p in params.items():
         if not torch.isfinite(p).all():
             raise RunFailed(f"{name} is not finite after training; nothing was published")

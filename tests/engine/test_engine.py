@@ -14,6 +14,7 @@ from guidetune.engine import FitResult, Objective, TuneSettings, fit
 from guidetune.engine.batching import assemble, micro_batches, optimiser_batch
 from guidetune.engine.forward import opened
 from guidetune.engine.loop import _accumulate
+from guidetune.engine.recompute import recomputed
 from guidetune.guidance import Guidance, GuideSettings, teach
 from guidetune.guidance.store import offsets
 from guidetune.objectives.reduce import REDUCERS
@@ -187,10 +188,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     outcomes = []
     for checkpointing in (False, True):
         attached = lora(tiny_model("llama", vocab=VOCAB, seed=0))
-        if checkpointing:
-            attached.model.gradient_checkpointing_enable()
-            attached.model.enable_input_require_grads()
-        outcomes.append(gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=64), Objective()))
+        with recomputed(attached.model, checkpointing):
+            outcomes.append(gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=64), Objective()))
     assert outcomes[0][0] == outcomes[1][0]
     close(outcomes[1][1], outcomes[0][1], 1e-7)
 
@@ -207,6 +206,58 @@ def test_full_tuning_gradients_equal_textbook(tied: bool) -> None:
     expected.backward()
     assert loss == pytest.approx(float(expected), rel=1e-6)
     close(got, {name: p.grad for name, p in attached.trainable().items()}, 1e-6)
+
+
+SUBSETS = {
+    "last-mlp": {"trainable": [r"layers\.1\.mlp"]},
+    "norms": {"trainable": ["norm"]},
+    "embeddings": {"trainable": ["embed_tokens"]},
+    "head": {"trainable": ["lm_head"]},
+    "all-but-embeddings": {"freeze": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_subset_has_the_gradients_of_full_tuning_and_nothing_else_has_any(subset: str, tied: bool) -> None:
+    rows = make_rows()
+    found = {}
+    for name, options in (("all", {}), (subset, SUBSETS[subset])):
+        attached = Full(**options).attach(tiny_model("llama", vocab=VOCAB, seed=0, tie_word_embeddings=tied))
+        _, found[name] = gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=40), Objective())
+        assert {n for n, p in attached.model.named_parameters() if p.grad is not None} == set(attached.trainable()) == set(found[name])
+    tensors = len(found["all"])
+    expected = {"last-mlp": 3, "norms": 5, "embeddings": 1, "head": 1, "all-but-embeddings": tensors - (1 if tied else 2)}[subset]
+    assert len(found[subset]) == expected
+    close(found[subset], {name: found["all"][name] for name in found[subset]}, 1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_parameters_cost_no_weight_gradient_and_lower_layers_no_backward(checkpointing: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = make_rows()
+    model = tiny_model("llama", vocab=VOCAB, seed=0)
+    attached = Full(trainable=[r"layers\.1\.mlp\.down_proj"]).attach(model)
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    with opened(model, "varlen") as forward, recomputed(model, checkpointing):
+        batch = assemble(rows, np.arange(12), "varlen")
+        model.train()
+        with forward.documents(batch):
+            with FlopCounterMode(display=False) as plain, torch.no_grad():
+                forward.nll(batch)
+            with FlopCounterMode(display=False) as counted:
+                forward.nll(batch).sum().backward()
+            with FlopCounterMode(display=False) as upper, torch.no_grad():
+                x = torch.zeros(1, batch.tokens, hidden)
+                layer = model.model.layers[1]
+                layer(x, position_embeddings=model.model.rotary_emb(x, batch.position_ids))
+    assert attached.trainable().keys() == {"model.layers.1.mlp.down_proj.weight"}
+    dh = 2 * len(batch.targets) * VOCAB * hidden  # the head's gradient, formed in its forward pass
+    dw = 2 * batch.tokens * hidden * inner  # the only weight gradient
+    # one layer is computed again, not two, and its last product is not needed
+    again = upper.get_total_flops() - dw if checkpointing else 0
+    assert counted.get_total_flops() == plain.get_total_flops() + dh + dw + again
 
 
 def run_fit(
