@@ -29,6 +29,7 @@ class Full(Params):
     """
 
     frozen_base: ClassVar[bool] = False
+    keeps_original: ClassVar[bool] = True
     trainable: list[str] = Field([".*"], min_length=1, description="Regular expressions; parameters whose name contains a match train.")
     freeze: list[str] = Field([], description="Regular expressions; what they match stays frozen, whatever `trainable` says.")
 
