@@ -320,6 +320,8 @@ class _Job:
             changes.append("gradient checkpointing is on")
         if chosen.micro_tokens != settings.micro_tokens:
             changes.append(f"micro-batches have {chosen.micro_tokens:,} tokens instead of {settings.micro_tokens:,}")
+        if estimate.frugal:
+            changes.append("freed memory is given back at once (slower)")
         if changes and (text := " and ".join(changes)) not in self._told:
             self._told.add(text)
             say(f"memory: {text}; training needs about {estimate.text()}")
@@ -493,7 +495,7 @@ class _Job:
 
     def tune(self, arm: Recipe, folder: Path) -> tuple[StageResult, dict[str, float]]:
         """The trained adapter (or model), and the seconds its stages took."""
-        from guidetune.engine import Objective, fit
+        from guidetune.engine import Objective, fit, memory
         from guidetune.params import PROVENANCE
 
         tune = arm.tune
@@ -536,7 +538,8 @@ class _Job:
                 tune.params.prepare(model, rows)
                 attached = tune.params.attach(model, seed=_seed(settings.seed, "params"))
                 objective = Objective(tune.weights, reducer, analysed, frozenset(self.chat.stop_token_ids))
-                result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
+                with memory.sparing(bool(estimate and estimate["frugal"])):
+                    result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
                 attached.save(work)
                 write_json(
                     work / PROVENANCE,
@@ -836,6 +839,8 @@ def _check_place(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for torn in [*out.glob(".*.part"), *out.glob(".writable-*")]:  # what a kill left of an earlier run
+            torn.unlink(missing_ok=True)
         probe = out / f".writable-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()

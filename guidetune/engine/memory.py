@@ -4,7 +4,7 @@ The model is built from its configuration without memory, the trainable part is 
 tensors that have shapes but no contents (`torch.FakeTensorMode`). Every operation's new storage is counted while it is alive, so
 the peak follows from the code that will run (adapters, layers, attention, recomputation, head) and not from a formula beside it.
 
-    peak = process + weights + trained state (gradients, AdamW moments, kept originals) + SLACK · live activations + scratch
+    peak = process + weights + trained state (gradients, AdamW moments, kept originals) + taken(live activations) + scratch
 
 What the operations do not show is in the constants below: memory inside a kernel and what the allocator keeps. They are measured:
 `tests/engine/test_memory.py` runs real steps in fresh processes and prints measured / estimated.
@@ -37,8 +37,10 @@ from guidetune.models.architecture import plain
 if TYPE_CHECKING:
     from guidetune.params import Params
 
-# Activations: what the allocator keeps beside what lives (fragments, freed blocks below its threshold).
-SLACK = 1.15
+# Activations: what the allocator takes for what lives. By default the C library keeps freed blocks, and aligned blocks of tensors leave
+# holes between them: (factor, and bytes besides). Inside `sparing` every large block goes back when it is freed; that costs time.
+KEEPING = (2.1, 128 << 20)
+FRUGAL = (1.15, 0)
 # Kernel code compiled on first use, thread pools, optimiser and progress machinery.
 SCRATCH = 96 << 20
 # logsumexp and products in 16 bits hold one more fp32 chunk of logits than the operations show.
@@ -134,6 +136,7 @@ class Estimate:
     parts: Mapping[str, int]
     tokens: int
     recompute: bool = False
+    frugal: bool = False
 
     @property
     def total(self) -> int:
@@ -146,7 +149,13 @@ class Estimate:
         return f"{gigabytes(self.total)} ({shown})"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"bytes": self.total, "tokens": self.tokens, "gradient_checkpointing": self.recompute, "parts": dict(self.parts)}
+        return {
+            "bytes": self.total,
+            "tokens": self.tokens,
+            "gradient_checkpointing": self.recompute,
+            "frugal": self.frugal,
+            "parts": dict(self.parts),
+        }
 
 
 class _Live(TorchDispatchMode):
@@ -320,8 +329,44 @@ def _fake_batch(lengths: list[int], layout: Layout) -> MicroBatch:
     )
 
 
+def taken(live: int, frugal: bool) -> int:
+    """Bytes the allocator takes from the system for `live` bytes of activations."""
+    factor, besides = FRUGAL if frugal or not hasattr(os, "sysconf") else KEEPING
+    return int(factor * live) + besides + HEAD_SCRATCH
+
+
+@contextmanager
+def sparing(on: bool) -> Iterator[None]:
+    """Inside the block the C library gives large freed blocks back to the system at once (glibc; elsewhere nothing happens).
+
+    A step with gradient checkpointing was measured to take half the memory and half as much time again.
+    """
+    mallopt = None
+    if on:
+        import ctypes
+
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            pass
+    threshold = -3  # M_MMAP_THRESHOLD
+    if mallopt is not None:
+        mallopt(threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(threshold, 32 << 20)  # the most that the library's own adjustment goes to
+
+
 def tune_estimate(
-    outline: Outline, tokens: int, longest: int, recompute: bool, process: int | None = None, layout: Layout | None = None
+    outline: Outline,
+    tokens: int,
+    longest: int,
+    recompute: bool,
+    process: int | None = None,
+    layout: Layout | None = None,
+    frugal: bool = False,
 ) -> Estimate:
     """A training step: weights, AdamW's two moments and the gradient of every trained value in its own precision, one micro-batch."""
     tokens = max(tokens, longest)
@@ -332,11 +377,12 @@ def tune_estimate(
             "weights": outline.weights,
             "gradients and AdamW moments": 3 * outline.trained,
             "originals of the trained weights": outline.originals,
-            f"activations of {tokens:,} tokens": int(SLACK * peak) + HEAD_SCRATCH,
+            f"activations of {tokens:,} tokens": taken(peak, frugal),
             "the process itself": (resident() if process is None else process) + SCRATCH,
         },
         tokens,
         recompute,
+        frugal,
     )
 
 
@@ -348,7 +394,8 @@ def pass_estimate(
     peak = outline.peak(tokens, longest, train=False, layout=layout)
     parts = {
         "weights": outline.weights,
-        f"activations of {tokens:,} tokens": int(SLACK * peak) + HEAD_SCRATCH,
+        # few blocks live at once and their sizes repeat: nothing is left between them
+        f"activations of {tokens:,} tokens": taken(peak, frugal=True),
         "the process itself": (resident() if process is None else process) + SCRATCH,
     }
     if cached:
@@ -386,21 +433,25 @@ def fit_tune(
     """Settings whose estimate is within `budget`: (settings, estimate, whether they fit).
 
     In this order: as asked for; with gradient checkpointing, where it is `auto`; with fewer micro_tokens (unless `fixed_tokens`: the
-    reducer `micro` makes them part of the result). When nothing fits, the smallest that was tried.
+    reducer `micro` makes them part of the result); the same again with an allocator that keeps nothing (`Estimate.frugal`). When
+    nothing fits, the smallest that was tried.
     """
     layout = None if settings.layout == "auto" else settings.layout
     asked = settings.gradient_checkpointing
+    ways = [False, True] if asked == "auto" and _can_recompute(outline.model) else [asked is True]
 
-    def at(tokens: int, recompute: bool) -> Estimate:
-        return tune_estimate(outline, tokens, longest, recompute, process, layout)
+    def at(tokens: int, recompute: bool, frugal: bool) -> Estimate:
+        return tune_estimate(outline, tokens, longest, recompute, process, layout, frugal)
 
-    ways = [False, True] if asked == "auto" else [bool(asked)]
-    tried = [at(settings.micro_tokens, way) for way in ways if not (way and not _can_recompute(outline.model))]
-    best = next((e for e in tried if e.total <= budget), None)
-    if best is None:
-        best = tried[-1]
-        if not fixed_tokens:
-            best = _fewer(lambda tokens: at(tokens, best.recompute), best, longest, budget)
+    best = at(settings.micro_tokens, ways[0], False)
+    for frugal in (False, True):
+        for way in ways:
+            if best.total > budget:
+                best = at(settings.micro_tokens, way, frugal)
+        if best.total > budget and not fixed_tokens:
+            best = _fewer(lambda tokens, frugal=frugal: at(tokens, ways[-1], frugal), best, longest, budget)
+        if best.total <= budget:
+            break
     chosen = settings.model_copy(
         update={"gradient_checkpointing": best.recompute, "micro_tokens": min(settings.micro_tokens, max(best.tokens, SMALLEST))}
     )
