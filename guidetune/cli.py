@@ -343,6 +343,10 @@ def doctor(
 
         write_json(out, {"problems": report.problems, "warnings": report.warnings, "facts": report.facts})
     _print(render_doctor(report))
+    from guidetune.engine.memory import outlook
+    from guidetune.models.sources import resolve
+
+    print(outlook(resolve(base).path))
     return 1 if report.problems else 0
 
 

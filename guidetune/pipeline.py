@@ -249,14 +249,14 @@ class _Job:
 
     _process: int | None = None
 
-    def _outline(self, name: str, dtype: str, params: Any = None) -> Any:
+    def _outline(self, name: str, dtype: str, params: Any = None, quantize: str = "none") -> Any:
         """The model in shapes only; None where it cannot be had, which is said once."""
         from guidetune.engine.memory import Outline
 
-        key = fingerprint([self._spec(name), dtype, params.spec() if params else None])
+        key = fingerprint([self._spec(name), dtype, params.spec() if params else None, quantize])
         if key not in self._outlines:
             try:
-                self._outlines[key] = Outline.of(self._resolve(name).path, dtype, params)
+                self._outlines[key] = Outline.of(self._resolve(name).path, dtype, params, quantize)
             except BadInput:
                 raise
             except Exception as error:  # a method of the user's own may need real weights to attach
@@ -304,7 +304,7 @@ class _Job:
         if self._fits_plainly(tune.on, max(settings.micro_tokens, longest), budget, strict):
             return plain, None
         dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
-        outline = self._outline(tune.on, dtype, tune.params)
+        outline = self._outline(tune.on, dtype, tune.params, settings.quantize)
         if outline is None or budget is None:
             return plain, None
         fixed = tune.reducer == "micro"

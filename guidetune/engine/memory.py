@@ -47,6 +47,7 @@ SCRATCH = 96 << 20
 HEAD_SCRATCH = 4 * CHUNK_ELEMENTS
 # Of the free memory, what a run may plan with when no limit was given.
 USABLE = 0.9
+QUANTIZED = {"8bit": 1.01, "4bit": 0.52}  # bytes of a weight, its scales included
 SMALLEST = 64  # tokens of a micro-batch below which no plan goes
 ADVICE = "lower tune.max_length or the adapter's rank, use a smaller model, or allow more with --max-memory"
 
@@ -204,18 +205,18 @@ class Outline:
     _peaks: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, dtype: str, params: Params | None = None) -> Outline:
-        """From the configuration in a model folder.
+    def of(cls, folder: Path, dtype: str, params: Params | None = None, quantize: str = "none") -> Outline:
+        """From the configuration in a model folder; `quantize` as in `tune.quantize`.
 
         Raises:
             BadInput: the folder's configuration cannot be used, or `params` does not fit the model.
         """
         from guidetune.models.names import empty_model
 
-        return cls.shaped(empty_model(folder), getattr(torch, dtype), params)
+        return cls.shaped(empty_model(folder), getattr(torch, dtype), params, quantize)
 
     @classmethod
-    def shaped(cls, model: nn.Module, dtype: torch.dtype, params: Params | None = None) -> Outline:
+    def shaped(cls, model: nn.Module, dtype: torch.dtype, params: Params | None = None, quantize: str = "none") -> Outline:
         """From a model on the meta device."""
         model = model.to(dtype)
         originals = 0
@@ -229,6 +230,11 @@ class Outline:
             model.requires_grad_(False)
             trained = 0
         held = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+        if quantize != "none":
+            head = plain(model).get_output_embeddings()
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
+                    held[id(module.weight)] = int(module.weight.numel() * QUANTIZED[quantize])
         return cls(model, dtype, sum(held.values()), trained, originals)
 
     def peak(self, tokens: int, longest: int, *, train: bool, recompute: bool = False, layout: Layout | None = None) -> int:
@@ -483,4 +489,31 @@ def refusal(estimate: Estimate, budget: int, smallest_fits: str = "") -> BadInpu
     return BadInput(
         f"{estimate.what} needs about {estimate.text()}, and {gigabytes(budget)} is allowed; this is with the smallest micro-batch"
         f"{' and gradient checkpointing' if estimate.recompute else ''}. {smallest_fits or ADVICE[0].upper() + ADVICE[1:]}"
+    )
+
+
+def outlook(folder: Path) -> str:
+    """What is free here, and what tuning the model of a folder with the default recipe would take."""
+    from guidetune import registry
+    from guidetune.engine.precision import frozen_dtype
+    from guidetune.models.checkpoint import Checkpoint
+    from guidetune.models.loading import pick_device
+
+    device = pick_device()
+    with Checkpoint(folder) as checkpoint:
+        parameters = sum(info.numel for info in checkpoint.tensors.values())
+    free = free_memory(device)
+    lora = registry.build("params", "lora")
+    outline = Outline.of(folder, frozen_dtype("auto", parameters, device), lora)
+    longest = min(2048, getattr(plain(outline.model).config.get_text_config(), "max_position_embeddings", None) or 2048)
+    settings = TuneSettings()
+    needs = f"tuning with the defaults (LoRA of rank {lora.rank}, rows of up to {longest:,} tokens)"  # type: ignore[attr-defined]
+    if free is None:
+        estimate = tune_estimate(outline, settings.micro_tokens, longest, False)
+        return f"memory: {needs} needs about {estimate.text()}"
+    _, estimate, fits = fit_tune(outline, settings, longest, int(USABLE * free) + resident())
+    how = [f"micro-batches of {estimate.tokens:,} tokens", *(["gradient checkpointing"] if estimate.recompute else [])]
+    return (
+        f"memory: {gigabytes(free)} free on {device}; {needs} needs about {estimate.text()} with {' and '.join(how)}"
+        f"{'' if fits else ': more than there is'}"
     )

@@ -334,3 +334,61 @@ def test_teacher_pass_equals_full_logits_and_continues(tmp_path: Path) -> None:
     np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=1e-4)
     assert summary["mean_confidence"] == pytest.approx(np.exp(expected).mean(), rel=1e-3)
     assert summary["supervised_tokens"] == rows.supervised.sum()
+
+
+def test_a_broken_teacher_pass_goes_on_in_the_middle_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guidetune.engine.forward import Forward
+    from guidetune.guidance import teach as module
+
+    rows, model = make_rows(40), tiny_model("llama", vocab=VOCAB, seed=4)
+    monkeypatch.setattr(module, "KEEP_SECONDS", 0.0)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    teach(model, rows, GuideSettings(batch_tokens=50), whole)
+    real, calls = Forward.nll, []
+
+    def counted(self, batch):
+        calls.append(len(batch.rows))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Forward, "nll", counted)
+    with pytest.raises(KeyboardInterrupt):
+        teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    done = sum(calls[:4])
+    calls[:] = [0] * 10
+    teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    assert sum(calls) == 40 - done  # no row twice
+    assert (whole / "log_prob.f16").read_bytes() == (broken / "log_prob.f16").read_bytes()
+    # other batches: the window starts again, and the values are those
+    with pytest.raises(KeyboardInterrupt):
+        calls[:] = []
+        teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    calls[:] = [0] * 10
+    teach(model, rows, GuideSettings(batch_tokens=200), broken)
+    assert sum(calls) == 40
+    np.testing.assert_allclose(np.fromfile(broken / "log_prob.f16", np.float16), np.fromfile(whole / "log_prob.f16", np.float16), rtol=2e-3)
+
+
+def test_int8_linear_layers_are_near_the_exact_ones_and_scale_with_each_token() -> None:
+    from guidetune.models import quantized
+    from guidetune.models.int8 import Int8Linear, to_int8
+
+    if not quantized.has_int8():
+        pytest.skip("no 8-bit products on this processor")
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(96, 64)
+    x = torch.randn(40, 96, generator=generator)
+    with torch.inference_mode():
+        exact, got = layer(x), Int8Linear(layer)(x)
+        assert (got - exact).norm() <= 0.015 * exact.norm()
+        # one token a thousand times larger does not coarsen the others
+        loud = x.clone()
+        loud[7] *= 1000
+        rest = torch.arange(40) != 7
+        assert (Int8Linear(layer)(loud)[rest] - exact[rest]).norm() <= 0.015 * exact[rest].norm()
+        assert Int8Linear(layer)(x.bfloat16()[None]).dtype == torch.bfloat16
+    model = to_int8(tiny_model("qwen2", vocab=VOCAB))
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14 and type(model.lm_head) is torch.nn.Linear

@@ -116,7 +116,9 @@ def test_fifty_kills_change_nothing(place: Path, capsys: pytest.CaptureFixture) 
     rng = random.Random(20)
     kills, finished, seen = 0, 0, Counter()
     while kills < KILLS:
-        if run_until(start(place, out), rng.uniform(0.0, 0.6 * whole)):
+        # a run that has been hit in its report has been through everything: it is let finish, and another one begins
+        moment = 1e9 if stage_in_work(out) == "report" and seen["report"] > finished else rng.uniform(0.0, 0.3 * whole)
+        if run_until(start(place, out), moment):
             kills += 1
             seen[stage_in_work(out)] += 1
             # nothing unfinished stands under a final name
@@ -133,7 +135,7 @@ def test_fifty_kills_change_nothing(place: Path, capsys: pytest.CaptureFixture) 
     with capsys.disabled():
         cpu = time.process_time() + os.times().children_user - began
         print(f"\n{kills} kills over {finished + 1} runs, {cpu:.0f} CPU seconds; in: {dict(seen)}")
-    assert len(seen) >= 4
+    assert finished >= 2 and len(seen) >= 5
 
 
 @contextmanager
