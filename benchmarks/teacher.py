@@ -1,6 +1,6 @@
 """The teacher pass in float32, bfloat16 and int8: CPU seconds, and what fewer bits do to the guidance and to an adapter trained on it.
 
-    python benchmarks/teacher.py [--json benchmarks/results/teacher-int8.json] [--rows 300] [--tokens 16384] [--shapes S,M]
+    python benchmarks/teacher.py [--json benchmarks/results/teacher-int8.json] [--rows 300 | --rows 0] [--tokens 16384] [--shapes S,M]
 
 Speed is measured on random weights of the shapes S (256 x 8, vocabulary 32,000) and M (576 x 30, vocabulary 49,152), the effect on
 the embedded world's instruct model, which has been trained. One thread; CPU seconds of the process, best of two passes.
@@ -22,7 +22,6 @@ import torch
 
 from guidetune.artefacts import write_json
 from guidetune.data.rows import EncodedRow, EncodedRows
-from guidetune.engine import memory
 from guidetune.guidance import GuideSettings, teach
 from guidetune.models.int8 import to_int8
 
@@ -134,14 +133,17 @@ def main() -> None:
     parser.add_argument("--shapes", default="S,M")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"effect": effect(arguments.rows), "speed": {}}
-    for name in filter(None, arguments.shapes.split(",")):
-        results["speed"][name] = speed(name, arguments.tokens)
     from guidetune.pipeline import machine, versions
 
-    results |= {"versions": versions(), "machine": machine(), "resident_mb": memory.resident() / 1e6}
-    write_json(arguments.json, results)
-    print(json.dumps(results["speed"], indent=1))
+    # parts that are not measured now keep what the file has
+    results: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"speed": {}}
+    results |= {"versions": versions(), "machine": machine()}
+    for name in filter(None, arguments.shapes.split(",")):
+        results["speed"][name] = speed(name, arguments.tokens)
+        write_json(arguments.json, results)
+    if arguments.rows:
+        results["effect"] = effect(arguments.rows)
+        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -220,9 +220,10 @@ class _Job:
                     self._tune_settings(arm)
                 self._evaluate_tokens(arm)
             except BadInput as error:
-                if self.recipe.max_memory is None:
-                    continue  # an arm that cannot be prepared fails by itself, and the others go on
-                problems += [p for p in error.problems if p not in problems]
+                if self.recipe.max_memory is not None:
+                    problems += [p for p in error.problems if p not in problems]
+            except (RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+                pass  # an arm that cannot be prepared fails by itself, with its reason, and the others go on
         if problems:
             raise BadInput(problems)
 
@@ -244,6 +245,8 @@ class _Job:
         from guidetune.models.loading import pick_device
 
         if self._process is None:
+            import peft  # noqa: F401  (and transformers: every stage will have loaded them)
+
             self._process = memory.resident() if pick_device() == "cpu" else 0
         return self._process
 
@@ -916,6 +919,11 @@ def _say_confidence(summary: Mapping[str, Any]) -> None:
 
 
 def _peak_rss_mb() -> int:
+    try:  # of this process alone: the resource module's figure begins at that of the process that started it
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

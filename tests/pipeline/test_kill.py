@@ -117,7 +117,7 @@ def test_fifty_kills_change_nothing(place: Path, capsys: pytest.CaptureFixture) 
     kills, finished, seen = 0, 0, Counter()
     while kills < KILLS:
         # a run that has been hit in its report has been through everything: it is let finish, and another one begins
-        moment = 1e9 if stage_in_work(out) == "report" and seen["report"] > finished else rng.uniform(0.0, 0.3 * whole)
+        moment = 1e9 if stage_in_work(out) == "report" and seen["report"] > finished else rng.uniform(0.0, 0.6 * whole)
         if run_until(start(place, out), moment):
             kills += 1
             seen[stage_in_work(out)] += 1
