@@ -337,11 +337,12 @@ def test_teacher_pass_equals_full_logits_and_continues(tmp_path: Path) -> None:
 
 
 def test_a_broken_teacher_pass_goes_on_in_the_middle_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
     from guidetune.engine.forward import Forward
-    from guidetune.guidance import teach as module
 
     rows, model = make_rows(40), tiny_model("llama", vocab=VOCAB, seed=4)
-    monkeypatch.setattr(module, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("guidetune.guidance.teach"), "KEEP_SECONDS", 0.0)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
