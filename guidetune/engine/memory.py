@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from guidetune.engine import attention
 from guidetune.engine.batching import Layout, MicroBatch
-from guidetune.engine.forward import Forward
+from guidetune.engine.forward import opened
 from guidetune.engine.head import CHUNK_ELEMENTS
 from guidetune.engine.recompute import recomputed
 from guidetune.engine.settings import TuneSettings
@@ -268,24 +268,22 @@ def _trial(model: nn.Module, lengths: list[int], train: bool, recompute: bool, l
         batch = _fake_batch(lengths, chosen)
         before = model.training
         model.train(train)
-        installed = attention.installed(plain(model)) if chosen == "varlen" else _nothing()
         try:
-            with installed, recomputed(model, recompute), torch.set_grad_enabled(train), live:
-                forward = Forward(model, chosen, exact_head=not train)
-                with forward.documents(batch):
-                    nll = forward.nll(batch)
-                    if train:
-                        (nll * batch.loss_weight).sum().backward()
+            with (
+                torch.set_grad_enabled(train),
+                live,  # before the model is prepared: what that makes (an fp32 head) counts
+                opened(model, chosen, exact_head=not train) as forward,
+                recomputed(model, recompute),
+                forward.documents(batch),
+            ):
+                nll = forward.nll(batch)
+                if train:
+                    (nll * batch.loss_weight).sum().backward()
         finally:
             model.train(before)
             for p in model.parameters():
                 p.grad = None
     return live.peak
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
