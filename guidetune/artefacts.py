@@ -144,6 +144,8 @@ def stage(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str
         if work.exists() and _mark(work) != mark:
             shutil.rmtree(work)
         work.mkdir(exist_ok=True)
+        for torn in work.rglob(".*.part"):  # a write that a kill cut short
+            torn.unlink(missing_ok=True)
         write_text_atomic(work / ".key", mark)
     except OSError as error:
         raise BadInput(f"cannot write to {folder.parent}: {error.strerror or error}; choose another --out") from None

@@ -38,6 +38,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YA
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. tune.lr=1e-4. May be repeated.")
 ]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Memory it may take, e.g. 8GB; it is made to fit, or refused.")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: runs/ and the recipe's name.")]
 
 
@@ -144,21 +147,24 @@ def _global(
 
 @app.command()
 @verb
-def demo(out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")] = Path("runs/demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")] = Path("runs/demo"), max_memory: MaxMemory = None
+) -> None:
     """Compare the methods on the embedded pair, offline."""
+    _check_size(max_memory)
     from guidetune import pipeline
 
-    _show_run(lambda: pipeline.demo(out), out)
+    _show_run(lambda: pipeline.demo(out, max_memory), out)
 
 
 @app.command()
 @verb
-def run(recipe: RecipeFile, sets: Sets = None, out: Out = None) -> None:
+def run(recipe: RecipeFile, sets: Sets = None, out: Out = None, max_memory: MaxMemory = None) -> None:
     """Execute a recipe; running again continues.
 
     Prepare the data, ask the teacher, tune, transfer, evaluate, report.
     """
-    loaded = _load(recipe, sets)
+    loaded = _load(recipe, sets, max_memory)
     folder = _out(out, loaded)
     from guidetune import pipeline
 
@@ -173,6 +179,7 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat every tuned arm with N seeds.")] = 1,
     sets: Sets = None,
     out: Out = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Execute several arms of a recipe side by side.
 
@@ -181,7 +188,7 @@ def compare(
     """
     from guidetune.recipe import arms as arm_recipes
 
-    loaded = _load(recipe, sets)
+    loaded = _load(recipe, sets, max_memory)
     names = [name.strip() for name in arms.split(",") if name.strip()]
     arm_recipes(loaded, names)  # a wrong name is said before anything heavy is loaded
     folder = _out(out, loaded)
@@ -336,6 +343,10 @@ def doctor(
 
         write_json(out, {"problems": report.problems, "warnings": report.warnings, "facts": report.facts})
     _print(render_doctor(report))
+    from guidetune.engine.memory import outlook
+    from guidetune.models.sources import resolve
+
+    print(outlook(resolve(base).path))
     return 1 if report.problems else 0
 
 
@@ -404,10 +415,18 @@ def world_build(
 # Showing
 
 
-def _load(path: Path, sets: list[str] | None) -> Recipe:
+def _load(path: Path, sets: list[str] | None, max_memory: str | None = None) -> Recipe:
     from guidetune.recipe import load
 
-    return load(path, sets or ())
+    _check_size(max_memory)
+    return load(path, [*(sets or ()), *([f"max_memory={max_memory}"] if max_memory else [])])
+
+
+def _check_size(size: str | None) -> None:
+    import re
+
+    if size is not None and not re.fullmatch(r"\d+(\.\d+)?\s?[KMGT]i?B", size):
+        raise BadInput(f"--max-memory {size}: write a size like 8GB or 512MiB")
 
 
 def _out(out: Path | None, recipe: Recipe) -> Path:

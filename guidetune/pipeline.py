@@ -23,6 +23,7 @@ from guidetune.registry import source_file
 if TYPE_CHECKING:
     from guidetune.data.chat import Chat
     from guidetune.data.rows import EncodedRows
+    from guidetune.engine.settings import TuneSettings
     from guidetune.evaluation.evaluate import EvalSettings, Planned
     from guidetune.guidance import Guidance
     from guidetune.recipe import Evaluate, Recipe
@@ -68,12 +69,13 @@ def compare(recipe: Recipe, arms: Sequence[str], out: Path | None = None, seeds:
     return _execute("compare", recipe, arm_recipes(recipe, list(arms)), out, seeds)
 
 
-def demo(out: Path = Path("runs/demo")) -> Path:
+def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
     """The main job on the embedded pair: instruct, sft, graft and gift on the world's own rows."""
     from guidetune import world
     from guidetune.recipe import DEFAULT_ARMS, load
 
-    return compare(load(Path(world.__file__).parent / "demo.yaml"), list(DEFAULT_ARMS), Path(out))
+    limit = [f"max_memory={max_memory}"] if max_memory else []
+    return compare(load(Path(world.__file__).parent / "demo.yaml", limit), list(DEFAULT_ARMS), Path(out))
 
 
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
@@ -82,6 +84,7 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
     _check_place(out)
     job = _Job(recipe, out, kind)
     job.check(arms)
+    job.plan_memory(arms)
     write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml())
     results = job.opening()
     failed: list[str] = []
@@ -151,6 +154,7 @@ class _Job:
     _evaluated: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     _folders: dict[str, Path] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
+    _outlines: dict[str, Any] = field(default_factory=dict)
 
     # -- before anything expensive ------------------------------------------------------------------------------------
 
@@ -172,6 +176,7 @@ class _Job:
                     attempt(lambda arm=arm, group=group: self._plan(arm, group))
             for teacher in _teachers(arm):
                 attempt(lambda teacher=teacher: self._resolve(teacher))
+            attempt(lambda arm=arm: _check_bits(arm))
         if problems:
             raise BadInput(problems)
 
@@ -197,6 +202,170 @@ class _Job:
             say(f"note: {warning}")
         write_json(cached, {"key": key, "facts": report.facts})
         return report.facts
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def plan_memory(self, arms: Mapping[str, Recipe]) -> None:
+        """Choose settings that fit, for every stage of every arm, before any model is loaded.
+
+        Raises:
+            BadInput: `max_memory` is given and some stage cannot be done within it, with what it needs.
+        """
+        problems: list[str] = []
+        for arm in arms.values():
+            try:
+                for teacher in _teachers(arm):
+                    self._guide_tokens(arm, teacher)
+                if arm.tune is not None:
+                    self._tune_settings(arm)
+                self._evaluate_tokens(arm)
+            except BadInput as error:
+                if self.recipe.max_memory is not None:
+                    problems += [p for p in error.problems if p not in problems]
+            except (RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+                pass  # an arm that cannot be prepared fails by itself, with its reason, and the others go on
+        if problems:
+            raise BadInput(problems)
+
+    def _budget(self) -> tuple[int | None, bool]:
+        """Bytes this process may take in all (on a GPU: of its memory), and whether the user has set them."""
+        from guidetune.engine import memory
+        from guidetune.models.loading import pick_device
+        from guidetune.weightspace.store import parse_size
+
+        if self.recipe.max_memory is not None:
+            return parse_size(self.recipe.max_memory), True
+        if (free := memory.free_memory(pick_device())) is None:
+            return None, False
+        return int(memory.USABLE * free) + self._own_memory(), False
+
+    def _own_memory(self) -> int:
+        """What this process takes beside the models: nothing on a GPU."""
+        from guidetune.engine import memory
+        from guidetune.models.loading import pick_device
+
+        if self._process is None:
+            import peft  # noqa: F401  (and transformers: every stage will have loaded them)
+
+            self._process = memory.resident() if pick_device() == "cpu" else 0
+        return self._process
+
+    _process: int | None = None
+
+    def _outline(self, name: str, dtype: str, params: Any = None, quantize: str = "none") -> Any:
+        """The model in shapes only; None where it cannot be had, which is said once."""
+        from guidetune.engine.memory import Outline
+
+        key = fingerprint([self._spec(name), dtype, params.spec() if params else None, quantize])
+        if key not in self._outlines:
+            try:
+                self._outlines[key] = Outline.of(self._resolve(name).path, dtype, params, quantize)
+            except BadInput:
+                raise
+            except Exception as error:  # a method of the user's own may need real weights to attach
+                self._no_estimate(error)
+                self._outlines[key] = None
+        return self._outlines[key]
+
+    def _no_estimate(self, error: Exception) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if self.recipe.max_memory is not None:
+            raise BadInput(f"max_memory: the memory of this model cannot be estimated ({reason}); run without the limit") from None
+        if "memory" not in self._told:
+            self._told.add("memory")
+            say(f"note: memory cannot be estimated: {reason}", level=1)
+
+    def _fits_plainly(self, name: str, tokens: int, budget: int | None, strict: bool) -> bool:
+        """So much room that no estimate is needed; the estimate itself costs a second or two."""
+        from guidetune.engine.memory import plainly_fits
+
+        if strict:
+            return False
+        return budget is None or plainly_fits(self._resolve(name).config, self._parameters(name), tokens, budget)
+
+    def _tight(self, estimate: Any, budget: int, strict: bool) -> None:
+        """It does not fit: refuse where the user has set the limit, else warn."""
+        from guidetune.engine import memory
+
+        if strict:
+            raise memory.refusal(estimate, budget)
+        if estimate.what not in self._told:
+            self._told.add(estimate.what)
+            say(f"warning: {estimate.what} may need {estimate.text()}, and about {memory.gigabytes(budget)} is free; {memory.ADVICE}")
+
+    def _tune_settings(self, arm: Recipe) -> tuple[TuneSettings, dict[str, Any] | None]:
+        """The arm's settings, changed where they would not fit, and the estimate."""
+        from guidetune.engine import memory
+
+        tune = arm.tune
+        assert tune is not None
+        settings = tune.settings()
+        plain = settings if settings.gradient_checkpointing != "auto" else settings.model_copy(update={"gradient_checkpointing": False})
+        _, rows = self.prepare(arm)
+        longest = int(rows.lengths.max(initial=1))
+        budget, strict = self._budget()
+        if self._fits_plainly(tune.on, max(settings.micro_tokens, longest), budget, strict):
+            return plain, None
+        dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
+        outline = self._outline(tune.on, dtype, tune.params, settings.quantize)
+        if outline is None or budget is None:
+            return plain, None
+        fixed = tune.reducer == "micro"
+        try:
+            chosen, estimate, fits = memory.fit_tune(outline, settings, longest, budget, fixed_tokens=fixed, process=self._own_memory())
+        except Exception as error:
+            self._no_estimate(error)
+            return plain, None
+        if not fits:
+            self._tight(estimate, budget, strict)
+        changes = []
+        if estimate.recompute and settings.gradient_checkpointing == "auto":
+            changes.append("gradient checkpointing is on")
+        if chosen.micro_tokens != settings.micro_tokens:
+            changes.append(f"micro-batches have {chosen.micro_tokens:,} tokens instead of {settings.micro_tokens:,}")
+        if estimate.frugal:
+            changes.append("freed memory is given back at once (slower)")
+        if changes and (text := " and ".join(changes)) not in self._told:
+            self._told.add(text)
+            say(f"memory: {text}; training needs about {estimate.text()}")
+        return chosen, estimate.as_dict()
+
+    def _guide_tokens(self, arm: Recipe, teacher: str) -> int:
+        """Tokens of one forward pass of the teacher."""
+        _, rows = self.prepare(arm)
+        # int8 starts from the stored weights
+        dtype = self._frozen_dtype(teacher, "auto" if arm.guide.dtype == "int8" else arm.guide.dtype)
+        return self._pass_tokens("guidance", teacher, dtype, arm.guide.batch_tokens, int(rows.lengths.max(initial=1)))
+
+    def _evaluate_tokens(self, arm: Recipe) -> int:
+        """Tokens of one batch of an evaluation, the cache of its keys and values included."""
+        from guidetune.models.checkpoint import Checkpoint
+
+        if arm.evaluate is None:
+            return 0
+        with Checkpoint(self._resolve(REFERENCE).path) as checkpoint:
+            stored = {info.dtype for info in checkpoint.tensors.values()}
+        dtype = "bfloat16" if stored & {"BF16", "F16"} else "float32"
+        tokens = arm.evaluate.batch_tokens
+        return self._pass_tokens("evaluation", REFERENCE, dtype, tokens, min(tokens, self._max_length(arm)), cached=True)
+
+    def _pass_tokens(self, what: str, name: str, dtype: str, tokens: int, longest: int, cached: bool = False) -> int:
+        from guidetune.engine import memory
+
+        budget, strict = self._budget()
+        if self._fits_plainly(name, max(tokens, longest), budget, strict):
+            return tokens
+        outline = self._outline(name, dtype)
+        if outline is None or budget is None:
+            return tokens
+        try:
+            chosen, estimate, fits = memory.fit_pass(outline, what, tokens, longest, budget, process=self._own_memory(), cached=cached)
+        except Exception as error:
+            self._no_estimate(error)
+            return tokens
+        if not fits:
+            self._tight(estimate, budget, strict)
+        return chosen
 
     # -- names and models ---------------------------------------------------------------------------------------------
 
@@ -287,7 +456,7 @@ class _Job:
         from guidetune.guidance import Guidance, GuideSettings, teach
 
         _, rows = self.prepare(arm)
-        settings = GuideSettings(**arm.guide.model_dump())
+        settings = GuideSettings(**{**arm.guide.model_dump(), "batch_tokens": self._guide_tokens(arm, teacher)})
         dtype = self._frozen_dtype(teacher, settings.dtype)
         key = {
             "stage": "guide",
@@ -329,7 +498,7 @@ class _Job:
 
     def tune(self, arm: Recipe, folder: Path) -> tuple[StageResult, dict[str, float]]:
         """The trained adapter (or model), and the seconds its stages took."""
-        from guidetune.engine import Objective, fit
+        from guidetune.engine import Objective, fit, memory
         from guidetune.params import PROVENANCE
 
         tune = arm.tune
@@ -345,7 +514,7 @@ class _Job:
             store = Guidance.open(known)
             of_these = ((finished(known) or {}).get("key") or {}).get("rows") == rows.digest
             analysed = {REFERENCE: store} if of_these else {}
-        settings = tune.settings()
+        settings, estimate = self._tune_settings(arm)
         dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
         reducer = tune.reducer or "tokens"
         key = {
@@ -360,24 +529,27 @@ class _Job:
             "reducer": reducer,
             # not `analysed`: an arm that was tuned before is not tuned again for the sake of its analysis
             "guidance": {t: self._fingerprint(t) for t in stores},
-            "settings": {k: v for k, v in settings.model_dump().items() if k not in NOT_THE_RESULT or reducer == "micro"},
+            "settings": {
+                k: v for k, v in settings.model_dump().items() if k not in NOT_THE_RESULT or (reducer, k) == ("micro", "micro_tokens")
+            },
             "dtype": dtype,
         }
 
         def build(work: Path) -> dict[str, Any]:
-            model = self._load(tune.on, dtype)
+            model = self._load(tune.on, dtype, settings.quantize)
             try:
                 tune.params.prepare(model, rows)
                 attached = tune.params.attach(model, seed=_seed(settings.seed, "params"))
                 objective = Objective(tune.weights, reducer, analysed, frozenset(self.chat.stop_token_ids))
-                result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
+                with memory.sparing(bool(estimate and estimate["frugal"])):
+                    result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
                 attached.save(work)
                 write_json(
                     work / PROVENANCE,
                     {"base": self._spec(tune.on), "base_fingerprint": self._fingerprint(tune.on), "method": "guidetune", "tune": key},
                 )
                 (work / "checkpoint.safetensors").unlink(missing_ok=True)
-                return {**result.as_dict(), "peak_rss_mb": _peak_rss_mb()}
+                return {**result.as_dict(), "peak_rss_mb": _peak_rss_mb(), "memory_estimate": estimate}
             finally:
                 _release(model)
 
@@ -385,19 +557,22 @@ class _Job:
         done = stage(folder / "adapter", key, build)
         return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
 
-    def _frozen_dtype(self, name: str, asked: str) -> str:
-        from guidetune.engine.precision import frozen_dtype
+    def _parameters(self, name: str) -> int:
         from guidetune.models.checkpoint import Checkpoint
-        from guidetune.models.loading import pick_device
 
         with Checkpoint(self._resolve(name).path) as checkpoint:
-            parameters = sum(info.numel for info in checkpoint.tensors.values())
-        return frozen_dtype(asked, parameters, pick_device())
+            return sum(info.numel for info in checkpoint.tensors.values())
 
-    def _load(self, name: str, dtype: str) -> Any:
+    def _frozen_dtype(self, name: str, asked: str) -> str:
+        from guidetune.engine.precision import frozen_dtype
+        from guidetune.models.loading import pick_device
+
+        return frozen_dtype(asked, self._parameters(name), pick_device())
+
+    def _load(self, name: str, dtype: str, quantize: str = "none") -> Any:
         from guidetune.models.loading import load_model
 
-        return load_model(self._spec(name), dtype=dtype)
+        return load_model(self._spec(name), dtype=dtype, quantize=quantize)
 
     # -- transfer -----------------------------------------------------------------------------------------------------
 
@@ -445,7 +620,7 @@ class _Job:
         if arm.evaluate is None:
             return {"task": {}, "general": {}}
         handle = open_handle(spec)
-        settings = _eval_settings(arm.evaluate, arm.seed)
+        settings = _eval_settings(arm.evaluate, arm.seed).model_copy(update={"batch_tokens": self._evaluate_tokens(arm)})
         try:
             found = {group: evaluate(handle, self._plan(arm, group), out / group, settings, arm.root) for group in ("task", "general")}
         finally:
@@ -605,6 +780,21 @@ def _teachers(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(t for w in (recipe.tune.weights if recipe.tune else []) for t in w.teachers))
 
 
+def _check_bits(arm: Recipe) -> None:
+    """Raises BadInput when the machine cannot hold a model in the bits the recipe asks for."""
+    from guidetune.models import quantized
+    from guidetune.models.loading import pick_device
+
+    if arm.guide.dtype == "int8" and _teachers(arm):
+        quantized.check_int8(pick_device())
+    if arm.tune is not None and arm.tune.quantize != "none":
+        quantized.check_bitsandbytes(pick_device(), f"tune.quantize: {arm.tune.quantize}")
+        if not arm.tune.params.frozen_base:
+            raise BadInput(
+                f"tune.quantize: {arm.tune.quantize} needs a frozen base; params {arm.tune.params.name} trains the weights themselves"
+            )
+
+
 def _eval_settings(section: Evaluate, seed: int) -> EvalSettings:
     from guidetune.evaluation.evaluate import EvalSettings
 
@@ -652,6 +842,8 @@ def _check_place(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for torn in [*out.glob(".*.part"), *out.glob(".writable-*")]:  # what a kill left of an earlier run
+            torn.unlink(missing_ok=True)
         probe = out / f".writable-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
@@ -727,6 +919,11 @@ def _say_confidence(summary: Mapping[str, Any]) -> None:
 
 
 def _peak_rss_mb() -> int:
+    try:  # of this process alone: the resource module's figure begins at that of the process that started it
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    except (OSError, IndexError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

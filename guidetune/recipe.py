@@ -230,7 +230,9 @@ class Data(Section):
 class Guide(Section):
     """The teacher pass: log p of every supervised token under the instruct model."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Teacher weights; auto: bfloat16 where the processor has it.")
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="Teacher weights; auto: bfloat16 where the processor has it. int8 is an approximation (docs/gift.md)."
+    )
     batch_tokens: int = Field(8192, ge=1, description="Tokens in one forward pass: memory and speed, not the result.")
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="As in tune.")
 
@@ -309,6 +311,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = Field(None, description="Evaluation; null: none.")
     arms: dict[str, dict[str, Any]] = Field({}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`.")
     seed: int = Field(42, ge=0, description="Every random draw derives from it.")
+    max_memory: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",
+        description="Memory a run may take, as 8GB: settings are chosen to fit, or the run is refused. null: what is free, and a warning.",
+    )
 
     _root: Path = PrivateAttr(default_factory=Path.cwd)
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)

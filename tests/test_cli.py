@@ -122,6 +122,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(broken: Path) -> None:
         (["compare", "recipes/gift-gsm8k.yaml", "--arms", "sft,gfit"], "unknown arm 'gfit' (did you mean 'gift'?)"),
         (["compare", "recipes/gift-gsm8k.yaml", "--arms", ","], "name at least one"),
         (["compare", "recipes/gift-gsm8k.yaml", "--seeds", "0"], "--seeds"),
+        (["run", "recipes/gift-gsm8k.yaml", "--max-memory", "lots"], "--max-memory lots: write a size like 8GB"),
         (["methods", "gfit"], "did you mean 'gift'?"),
         (["eval", "world:instruct", "--tasks", "gsm8"], "did you mean 'gsm8k'?"),
         (["eval", "world:instruct", "--tasks", "gsm8k:path=nowhere.jsonl"], "nowhere.jsonl"),

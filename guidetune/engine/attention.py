@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,14 +41,13 @@ class Group:
         self.gather: torch.Tensor | None = None
         self._masks: dict[Any, torch.Tensor] = {}
         if min(lengths) < self.length:
-            each = torch.tensor(lengths)
-            ends = each.cumsum(0)
-            row = torch.arange(self.length)[None]
+            each = np.asarray(lengths)
+            row = np.arange(self.length)[None]
             inside = row < each[:, None]
             # what fills up is the document's own last row: finite, and no gradient comes back from it
-            self.gather = ((ends - each)[:, None] + torch.minimum(row, each[:, None] - 1)).flatten().to(device)
-            self.back = inside.flatten().nonzero().squeeze(1).to(device)
-            self.fill = (~inside).flatten().nonzero().squeeze(1).to(device)
+            gather = (each.cumsum() - each)[:, None] + np.minimum(row, each[:, None] - 1)
+            places = (gather.ravel(), np.flatnonzero(inside), np.flatnonzero(~inside))
+            self.gather, self.back, self.fill = (torch.from_numpy(x).to(device) for x in places)
 
     def mask(self, a: int, b: int, window: int | None, device: torch.device) -> tuple[torch.Tensor, int]:
         """What is added to the scores of rows a … b, [b − a, 1, columns], and the first column it is for."""

@@ -1,29 +1,43 @@
-"""One file holds all that a run needs to go on: trainable tensors, optimiser moments, cursor. Safetensors, written atomically."""
+"""One file holds all that a run needs to go on: trainable tensors, optimiser moments, cursor. Safetensors, written atomically.
+
+Written and read tensor by tensor: a checkpoint of full fine-tuning takes no memory beside the model's own.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from guidetune.artefacts import write_bytes_atomic
+from guidetune.artefacts import sync_folder
+from guidetune.models.checkpoint import TORCH_DTYPES
+from guidetune.weightspace.store import Entry, SafetensorsWriter
 
 FILE = "checkpoint.safetensors"
+_NAMES = {getattr(torch, name): code for code, name in TORCH_DTYPES.items()}
 
 
 def save_checkpoint(work: Path, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, cursor: dict[str, Any]) -> None:
     """Order, dropout and schedule follow from (seed, step), so the cursor replaces generator states."""
     tensors: dict[str, torch.Tensor] = {}
     for name, p in params.items():
-        tensors[f"param/{name}"] = p.detach().cpu().contiguous()
+        tensors[f"param/{name}"] = p.detach()
         for key, value in optimiser.state.get(p, {}).items():
-            tensors[f"state/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    # clones: tied tensors must not share memory in a safetensors file
-    write_bytes_atomic(work / FILE, save({k: v.clone() for k, v in tensors.items()}, metadata={"cursor": json.dumps(cursor)}))
+            tensors[f"state/{key}/{name}"] = torch.as_tensor(value).detach()
+    entries = [Entry(name, _NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    part = work / f".{FILE}.{os.getpid()}.part"
+    try:
+        with SafetensorsWriter(part, entries, {"cursor": json.dumps(cursor)}) as file:
+            for name, tensor in tensors.items():
+                file.write(name, 0, memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        os.replace(part, work / FILE)
+        sync_folder(work)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(work: Path, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -32,18 +46,22 @@ def load_checkpoint(work: Path, params: dict[str, torch.nn.Parameter], optimiser
     if not path.is_file():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            stored = {key: file.get_tensor(key) for key in file.keys()}
-            cursor = json.loads(file.metadata()["cursor"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
+        file = safe_open(str(path), framework="pt")
+        cursor = json.loads(file.metadata()["cursor"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None  # damaged, or of another format: the run starts again
+    stored = list(file.keys())
     if {k.removeprefix("param/") for k in stored if k.startswith("param/")} != set(params):
         return None
     with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(stored[f"param/{name}"])
-            keys = [k.split("/", 2)[1] for k in stored if k.startswith("state/") and k.split("/", 2)[2] == name]
-            if keys:
-                # the step counter stays a CPU tensor, the moments follow the parameter
-                optimiser.state[p] = {k: (v if k == "step" else v.to(p.device)) for k in keys for v in [stored[f"state/{k}/{name}"]]}
+        for key in stored:
+            kind, _, rest = key.partition("/")
+            tensor = file.get_tensor(key)
+            if kind == "param":
+                params[rest].copy_(tensor)
+            else:
+                slot, _, name = rest.partition("/")
+                p = params[name]
+                # the step counter stays a CPU tensor, the moments follow the parameter; a copy, for the file is only mapped
+                optimiser.state[p][slot] = tensor.clone() if slot == "step" else tensor.to(p.device, copy=True)
     return cursor

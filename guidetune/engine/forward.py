@@ -14,6 +14,7 @@ from guidetune.engine import attention
 from guidetune.engine.batching import Layout, MicroBatch, sorted_batches
 from guidetune.engine.head import head_nll, release
 from guidetune.engine.linear import installed as linear_installed
+from guidetune.engine.recompute import recomputed
 from guidetune.engine.stack import Stack, fast_stack
 from guidetune.models.architecture import Parts, check_head, parts, plain
 
@@ -104,20 +105,7 @@ def opened(
         if chosen == "varlen":
             exits.enter_context(attention.installed(inner))
         exits.enter_context(linear_installed(model.modules()))
+        release()
         exits.callback(release)
-        if checkpointing and stack is None:
-            exits.enter_context(_checkpointed(model))
+        exits.enter_context(recomputed(model, checkpointing and stack is None))
         yield Forward(model, chosen, autocast, stack, checkpointing)
-
-
-@contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """transformers' own recomputation, for models whose stack is not ours."""
-    model.gradient_checkpointing_enable()
-    if not model.get_input_embeddings().weight.requires_grad:
-        model.enable_input_require_grads()
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()

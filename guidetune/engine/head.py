@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from guidetune.models.architecture import Parts, transform
+from guidetune.models.architecture import Parts, has_contents, transform
 
 CHUNK_ELEMENTS = 8_388_608  # logits held at once: 32 MB in fp32
 
@@ -89,7 +89,7 @@ def _softmax(h: torch.Tensor, y: torch.Tensor, head: Parts) -> tuple[torch.Tenso
     torch.softmax(p, -1, out=p)
     target = p.gather(1, y[:, None]).squeeze(1)
     nll = -target.log()
-    if bool((target < 1e-30).any()):  # too small for fp32: once more, by their logits
+    if has_contents(target) and bool((target < 1e-30).any()):  # too small for fp32: once more, by their logits
         rare = (target < 1e-30).nonzero().squeeze(1)
         z = logits(h[rare], head)
         nll[rare] = z.logsumexp(-1) - z.gather(1, y[rare, None]).squeeze(1)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from guidetune.models.architecture import has_contents
+
 Gradients = dict[int, torch.Tensor]  # by id of the parameter
 
 
@@ -67,7 +69,8 @@ def adapted(module: nn.Module | None) -> Adapted | None:
 
 def _plain(tensor: torch.Tensor) -> bool:
     """An ordinary floating-point tensor: not quantised, not sharded over processes."""
-    return type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta
+    known = type(tensor) in (nn.Parameter, torch.Tensor) or not has_contents(tensor)
+    return known and tensor.is_floating_point() and not tensor.is_meta
 
 
 class Bundle:
@@ -221,7 +224,8 @@ def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
             noise = None
             if module.training and bundle.p:
                 # one draw from the global generator seeds this layer's mask: recomputation in backward draws it again
-                noise = torch.Generator(device=x.device).manual_seed(int(torch.randint(2**62, ()).item()))
+                seed = int(torch.randint(2**62, ()).item()) if has_contents(x) else 0
+                noise = torch.Generator(device=x.device).manual_seed(seed)
             return _LoraLinear.apply(x, bundle, noise, *bundle.parameters())
 
         module.forward = forward

@@ -134,7 +134,10 @@ def fit(
         save_checkpoint(work, params, optimiser, state.__dict__)
 
     try:
-        with opened(model, layout, autocast, settings.gradient_checkpointing) as forward, progress(label, steps, "steps", state.step) as bar:
+        with (
+            opened(model, layout, autocast, settings.gradient_checkpointing is True) as forward,
+            progress(label, steps, "steps", state.step) as bar,
+        ):
             if validation is not None and state.step == 0:
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:

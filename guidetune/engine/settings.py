@@ -25,9 +25,17 @@ class TuneSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Weights of the frozen model; auto: bfloat16 where the processor has it."
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Hold the frozen weights in fewer bits while tuning (GPU, bitsandbytes). The merge is from the 16-bit originals.",
+    )
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="varlen: no padding, documents isolated; padded: classic.")
-    micro_tokens: int = Field(4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
+    micro_tokens: int = Field(
+        4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result (dropout draws its masks per micro-batch)."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="Recompute activations in the backward pass: less memory, more time. auto: when it would not fit without."
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; null: about every two minutes.")
     validate_every: int | None = Field(None, ge=1, description="Steps between validations; null: at the start and the end only.")
 

@@ -15,7 +15,7 @@ Attention of short documents is two products and a softmax over all documents of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import nn
 
 from guidetune.engine import attention
 from guidetune.engine.linear import Adapted, Bundle, Gradients, adapted, add_gradient
+from guidetune.models.architecture import has_contents
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -174,13 +175,28 @@ class Stack:
         """Gradient of the layer's input, fp32 [N, H], from that of its output, fp32 (overwritten)."""
         layer = self.layers[i]
         n1, (q, k), o, x1, n2, g, u, s_qkv, s_attention, s_out, s_gate_up, s_down = saved
+        # whether anything is trained below the point where each gradient arrives: nothing is computed for nobody
+        below_norm1 = need_dx or id(layer.norm1.weight) in wanted
+        own = [n.weight for n in (layer.q_norm, layer.k_norm) if n is not None]
+        below_attention = below_norm1 or _any(wanted, own, layer.qkv.parameters())
+        below_out = below_attention or _any(wanted, layer.out.parameters())
+        below_norm2 = below_out or id(layer.norm2.weight) in wanted
+        below_gates = below_norm2 or _any(wanted, layer.gate_up.parameters())
         act = F.silu(g)
-        dh = layer.down.backward([dy.to(self.dtype)], act * u, s_down, wanted, grads, True)
+        dh = layer.down.backward([dy.to(self.dtype)], act * u, s_down, wanted, grads, below_gates)
+        if dh is None:
+            return None
         du = dh * act
         dg = torch.ops.aten.silu_backward(dh.mul_(u), g)
-        dn2 = layer.gate_up.backward([dg, du], n2, s_gate_up, wanted, grads, True)
+        dn2 = layer.gate_up.backward([dg, du], n2, s_gate_up, wanted, grads, below_norm2)
+        if dn2 is None:
+            return None
         dx1 = dy.add_(layer.norm2.backward(dn2, x1, wanted, grads))
-        do = layer.out.backward([dx1.to(self.dtype)], o, s_out, wanted, grads, True)
+        if not below_out:
+            return None
+        do = layer.out.backward([dx1.to(self.dtype)], o, s_out, wanted, grads, below_attention)
+        if do is None:
+            return None
         if i == len(self.layers) - 1:
             n = len(batch.rows)
             do = do.new_zeros(len(x), do.shape[1]).index_copy_(0, batch.rows, do[:n])
@@ -190,10 +206,18 @@ class Stack:
             dq = layer.q_norm.backward(dq, q, wanted, grads).to(self.dtype)
         if layer.k_norm:
             dk = layer.k_norm.backward(dk, k, wanted, grads).to(self.dtype)
-        dn1 = layer.qkv.backward([t.view(len(x), -1) for t in (dq, dk, dv)], n1, s_qkv, wanted, grads, need_dx or id(layer.norm1.weight) in wanted)
-        if dn1 is None:
-            return None
-        return dx1.add_(layer.norm1.backward(dn1, x, wanted, grads))
+        dn1 = layer.qkv.backward([t.view(len(x), -1) for t in (dq, dk, dv)], n1, s_qkv, wanted, grads, below_norm1)
+        return None if dn1 is None else dx1.add_(layer.norm1.backward(dn1, x, wanted, grads))
+
+
+def _lowest(stack: Stack, needed: Sequence[bool]) -> int:
+    """The lowest layer with a trained parameter: no gradient goes below it, and nothing is kept for one."""
+    wanted = frozenset(id(p) for p, need in zip(stack.parameters, needed, strict=True) if need)
+    return next(i for i, layer in enumerate(stack.layers) if _any(wanted, layer.parameters()))
+
+
+def _any(wanted: frozenset[int], *parameters: Iterable[torch.Tensor]) -> bool:
+    return any(id(p) in wanted for part in parameters for p in part)
 
 
 def _selected(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -207,12 +231,14 @@ def _selected(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 class _StackFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, stack: Stack, batch: Batch, recompute: bool, *parameters: torch.Tensor) -> torch.Tensor:
+        lowest = 0 if ctx.needs_input_grad[0] else _lowest(stack, ctx.needs_input_grad[4:])
         kept = []
         for i in range(len(stack.layers)):
             y, saved = stack._layer(i, x, batch)
-            kept.append((x, None if recompute else saved))
+            if i >= lowest:
+                kept.append((x, None if recompute else saved))
             x = y
-        ctx.kept, ctx.stack, ctx.batch = kept, stack, batch
+        ctx.kept, ctx.stack, ctx.batch, ctx.lowest = kept, stack, batch, lowest
         return x
 
     @staticmethod
@@ -220,16 +246,13 @@ class _StackFunction(torch.autograd.Function):
         stack, batch = ctx.stack, ctx.batch
         wanted = frozenset(id(p) for p, need in zip(stack.parameters, ctx.needs_input_grad[4:], strict=True) if need)
         grads: Gradients = {}
-        # nothing is trained below this layer: no gradient goes there
-        trained = [any(id(p) in wanted for p in layer.parameters()) for layer in stack.layers]
-        lowest = 0 if ctx.needs_input_grad[0] else trained.index(True)
         d = dy.float()
         d = d.clone() if d is dy else d
-        for i in range(len(stack.layers) - 1, lowest - 1, -1):
+        for i in range(len(stack.layers) - 1, ctx.lowest - 1, -1):
             x, saved = ctx.kept.pop()
             if saved is None:
                 _, saved = stack._layer(i, x, batch)
-            d = stack._layer_backward(i, d, x, saved, batch, wanted, grads, i > lowest or ctx.needs_input_grad[0])
+            d = stack._layer_backward(i, d, x, saved, batch, wanted, grads, i > ctx.lowest or ctx.needs_input_grad[0])
         ctx.kept.clear()
         dx = d.to(stack.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *(grads.get(id(p)) for p in stack.parameters)
@@ -302,4 +325,9 @@ def agrees(stack: Stack, model: nn.Module) -> bool:
 def fast_stack(model: nn.Module, backbone: nn.Module) -> Stack | None:
     """The hand-written stack for this model, or None where transformers' own modules must run."""
     stack = recognise(backbone)
-    return stack if stack is not None and agrees(stack, model) else None
+    if stack is None:
+        return None
+    if not has_contents(stack.parameters[0]):  # a memory estimate
+        stack.refresh()
+        return stack
+    return stack if agrees(stack, model) else None

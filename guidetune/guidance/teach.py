@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,14 @@ from torch import nn
 
 from guidetune.artefacts import read_json, write_json
 from guidetune.data.rows import EncodedRows
-from guidetune.engine.batching import sorted_batches
+from guidetune.engine.batching import assemble, micro_batches
 from guidetune.engine.forward import opened
 from guidetune.errors import RunFailed
 from guidetune.guidance.store import FILE, ROWS, offsets, summarise
 from guidetune.progress import progress
 
-CHUNK_ROWS = 4096
+WINDOW_ROWS = 32_768  # sorted by length together: the longer the runs of equal length, the fewer the attention calls
+KEEP_SECONDS = 30.0
 DONE = "done.json"
 
 
@@ -28,8 +30,9 @@ class GuideSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Teacher weights; auto: as the engine chooses. The softmax is always fp32."
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto",
+        description="Teacher weights; auto: as the engine chooses. int8 is an approximation (docs/gift.md). The softmax is always fp32.",
     )
     batch_tokens: int = Field(8192, ge=1, description="Tokens in one forward pass: memory and speed, not the result.")
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="As in tune.")
@@ -38,7 +41,7 @@ class GuideSettings(BaseModel):
 def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Path, label: str = "guide") -> dict[str, Any]:
     """Write log p of every supervised token of `rows` under `model` into `work`; returns the summary.
 
-    Finished chunks of rows survive a crash: a second call on the same `work` goes on after them.
+    What was finished survives a crash: a second call on the same `work` goes on after it.
 
     Raises:
         RunFailed: a log-probability is not a number; the rows are named.
@@ -47,39 +50,44 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
     total = int(at[-1])
     at.tofile(work / ROWS)
     path = work / FILE
-    done = 0
-    if (work / DONE).is_file() and path.is_file() and path.stat().st_size == 2 * total:
-        done = int(read_json(work / DONE)["rows"])
-    else:
-        with open(path, "wb") as file:
-            file.truncate(2 * total)
-    out = np.memmap(path, dtype=np.float16, mode="r+") if total else np.zeros(0, np.float16)
     training = model.training
     model.eval()
     layout = None if settings.layout == "auto" else settings.layout
     try:
-        tokens = int(rows.lengths.sum())
-        with (
-            torch.inference_mode(),
-            opened(model, layout) as forward,
-            forward.steady(),
-            progress(label, tokens, "tok", int(rows.lengths[:done].sum())) as bar,
-        ):
-            for first in range(done, len(rows), CHUNK_ROWS):
-                last = min(first + CHUNK_ROWS, len(rows))
-                for batch in sorted_batches(rows, np.arange(first, last), settings.batch_tokens, forward.layout, forward.device):
-                    with forward.documents(batch):
-                        log_prob = -forward.nll(batch).cpu().numpy()
-                    if not np.isfinite(log_prob).all():
-                        bad = {rows.ids[int(batch.rows[r])] for r in batch.row.cpu().numpy()[~np.isfinite(log_prob)]}
-                        raise RunFailed(f"{label}: the teacher's log-probabilities are not finite; rows: {', '.join(sorted(bad)[:8])}")
-                    row_of = batch.row.cpu().numpy()
-                    for k, i in enumerate(batch.rows):
-                        out[at[i] : at[i + 1]] = np.minimum(log_prob[row_of == k], 0.0).astype(np.float16)
-                    bar.advance(batch.tokens)
+        with torch.inference_mode(), opened(model, layout) as forward, forward.steady():
+            # which batches there are depends on these; after a change the window in work starts again
+            way = {"batch_tokens": settings.batch_tokens, "layout": forward.layout, "window": WINDOW_ROWS}
+            done, batches = _cursor(work, way) if path.is_file() and path.stat().st_size == 2 * total else (0, 0)
+            if not (done or batches):
+                with open(path, "wb") as file:
+                    file.truncate(2 * total)
+            out = np.memmap(path, dtype=np.float16, mode="r+") if total else np.zeros(0, np.float16)
+
+            def keep(rows_done: int, batches_done: int) -> None:
                 if total:
                     out.flush()
-                write_json(work / DONE, {"rows": last})
+                write_json(work / DONE, {"rows": rows_done, "batches": batches_done, **way})
+
+            kept = time.monotonic()
+            with progress(label, int(rows.lengths.sum()), "tok", int(rows.lengths[:done].sum())) as bar:
+                for first in range(done, len(rows), WINDOW_ROWS):
+                    last = min(first + WINDOW_ROWS, len(rows))
+                    groups = micro_batches(np.arange(first, last), rows.lengths, settings.batch_tokens, forward.layout)
+                    bar.advance(int(sum(rows.lengths[g].sum() for g in groups[:batches])))
+                    for k, group in enumerate(groups[batches:], batches):
+                        batch = assemble(rows, group, forward.layout, forward.device)
+                        with forward.documents(batch):
+                            log_prob = -forward.nll(batch).cpu().numpy()
+                        if not np.isfinite(log_prob).all():
+                            bad = {rows.ids[int(batch.rows[r])] for r in batch.row.cpu().numpy()[~np.isfinite(log_prob)]}
+                            raise RunFailed(f"{label}: the teacher's log-probabilities are not finite; rows: {', '.join(sorted(bad)[:8])}")
+                        out[_places(at, group)] = np.minimum(log_prob, 0.0).astype(np.float16)
+                        bar.advance(batch.tokens)
+                        if time.monotonic() - kept > KEEP_SECONDS:
+                            keep(first, k + 1)
+                            kept = time.monotonic()
+                    batches = 0
+                    keep(last, 0)
     finally:
         model.train(training)
     if total:
@@ -89,3 +97,22 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
     summary = summarise(out)
     (work / DONE).unlink(missing_ok=True)
     return summary
+
+
+def _cursor(work: Path, way: dict[str, Any]) -> tuple[int, int]:
+    """(rows of finished windows, batches finished in the next one) of an earlier call that went the same way."""
+    try:
+        known = read_json(work / DONE)
+        rows, batches = int(known.pop("rows")), int(known.pop("batches"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0, 0
+    if known == way:
+        return rows, batches
+    return (rows, 0) if known.get("window") == way["window"] else (0, 0)
+
+
+def _places(at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where the targets of these rows, one row after another, lie in the store: int64 [n]."""
+    counts = at[rows + 1] - at[rows]
+    before = np.cumsum(counts) - counts
+    return np.repeat(at[rows] - before, counts) + np.arange(counts.sum())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guidetune.errors import BadInput
+from guidetune.models import quantized
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.fingerprints import fingerprint
 from guidetune.models.names import read_model_config
@@ -49,8 +50,11 @@ def load_model(
     device: str = "auto",
     attention: str = "sdpa",
     allow_mismatch: bool = False,
+    quantize: str = "none",
 ) -> PreTrainedModel:
     """The model in evaluation mode; for an adapter folder, base + adapter through peft (unmerged).
+
+    `dtype="int8"`: linear layers in 8 bits, for passes without gradients. `quantize`: `8bit` or `4bit` weights through bitsandbytes.
 
     `attention="sdpa"` falls back to eager where the architecture cannot use it (Gemma 2's soft-capped scores).
 
@@ -61,7 +65,7 @@ def load_model(
     source = resolve(spec)
     if source.adapter is not None and not allow_mismatch:
         check_adapter_base(source)
-    model = _load(source.path, dtype, device, attention)
+    model = _load(source.path, dtype, device, attention, quantize)
     if source.adapter is not None:
         model = _attach(model, source.adapter)
     return model.eval()
@@ -100,7 +104,8 @@ def load_tokenizer(spec: str | Path | ModelSource) -> PreTrainedTokenizerBase:
         raise BadInput(f"the tokenizer in {folder} cannot be read: {reason}") from None
 
 
-def _load(folder: Path, dtype: str, device: str, attention: str) -> Any:
+def _load(folder: Path, dtype: str, device: str, attention: str, quantize: str = "none") -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -108,6 +113,14 @@ def _load(folder: Path, dtype: str, device: str, attention: str) -> Any:
         pass  # truncated and damaged files are named here, before any memory is taken
     config = read_model_config(folder)
     device = pick_device(device)
+    int8 = dtype == "int8"
+    if int8:
+        quantized.check_int8(device)
+        quantize, dtype = ("none" if device == "cpu" else "8bit"), "auto"
+    extra: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    if quantize != "none":
+        quantized.check_bitsandbytes(device, f"quantize: {quantize}")
+        extra["quantization_config"] = quantized.bitsandbytes_config(quantize, torch.bfloat16 if dtype == "auto" else pick_dtype(dtype))
     quiet = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # missing weights are an error below; the library would only warn
@@ -122,7 +135,7 @@ def _load(folder: Path, dtype: str, device: str, attention: str) -> Any:
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **({} if device == "cpu" else {"device_map": {"": device}}),
+            **extra,
         )
     except ValueError as error:
         raise BadInput(f"{folder} cannot be loaded as a causal language model: {(str(error).splitlines() or [''])[0]}") from None
@@ -137,6 +150,10 @@ def _load(folder: Path, dtype: str, device: str, attention: str) -> Any:
         problems.append(f"{folder}: {len(mismatched)} weights have another shape than its config says (first {mismatched[0]})")
     if problems:
         raise BadInput(problems)
+    if int8 and device == "cpu":
+        from guidetune.models.int8 import to_int8
+
+        return to_int8(model)
     return model
 
 

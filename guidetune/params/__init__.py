@@ -33,6 +33,8 @@ class Params(Method):
 
     # The frozen model may be held in 16 bits; False where the model's own weights train.
     frozen_base: ClassVar[bool] = True
+    # Whether `attach` keeps a copy of what it trains (counted by the memory estimate).
+    keeps_original: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module, rows: Any = None) -> None:
         """A pass over data before training, where the method needs one."""

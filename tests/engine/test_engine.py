@@ -207,6 +207,60 @@ def test_full_tuning_gradients_equal_textbook(tied: bool) -> None:
     close(got, {name: p.grad for name, p in attached.trainable().items()}, 3e-6)
 
 
+SUBSETS = {
+    "last-mlp": {"trainable": [r"layers\.1\.mlp"]},
+    "norms": {"trainable": ["norm"]},
+    "embeddings": {"trainable": ["embed_tokens"]},
+    "head": {"trainable": ["lm_head"]},
+    "all-but-embeddings": {"freeze": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_subset_has_the_gradients_of_full_tuning_and_nothing_else_has_any(subset: str, tied: bool) -> None:
+    rows = make_rows()
+    found = {}
+    for name, options in (("all", {}), (subset, SUBSETS[subset])):
+        attached = Full(**options).attach(tiny_model("llama", vocab=VOCAB, seed=0, tie_word_embeddings=tied))
+        _, found[name] = gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=40), Objective())
+        assert {n for n, p in attached.model.named_parameters() if p.grad is not None} == set(attached.trainable()) == set(found[name])
+    tensors = len(found["all"])
+    expected = {"last-mlp": 3, "norms": 5, "embeddings": 1, "head": 1, "all-but-embeddings": tensors - (1 if tied else 2)}[subset]
+    assert len(found[subset]) == expected
+    close(found[subset], {name: found["all"][name] for name in found[subset]}, 1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_parameters_cost_no_weight_gradient_and_lower_layers_no_backward(checkpointing: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = make_rows()
+    model = tiny_model("llama", vocab=VOCAB, seed=0)
+    attached = Full(trainable=[r"layers\.1\.mlp\.down_proj"]).attach(model)
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    with opened(model, "varlen", checkpointing=checkpointing) as forward:
+        batch = assemble(rows, np.arange(12), "varlen")
+        model.train()
+        with forward.documents(batch):
+            with FlopCounterMode(display=False) as plain, torch.no_grad():
+                forward.nll(batch)
+            with FlopCounterMode(display=False) as counted:
+                forward.nll(batch).sum().backward()
+        layers = forward.stack.layers
+        forward.stack.layers = layers[:1]  # one layer, the last: its feed-forward part runs at the target rows only
+        with FlopCounterMode(display=False) as upper, torch.no_grad():
+            forward.hidden(batch)
+        forward.stack.layers = layers
+    assert attached.trainable().keys() == {"model.layers.1.mlp.down_proj.weight"}
+    n = len(batch.targets)
+    dh = 2 * (-(-n // 16) * 16) * VOCAB * hidden  # the head's gradient, formed in its forward pass
+    dw = 2 * (-(-n // 32) * 32) * hidden * inner  # the only weight gradient
+    # with checkpointing the layer is computed once more
+    again = upper.get_total_flops() if checkpointing else 0
+    assert counted.get_total_flops() == plain.get_total_flops() + dh + dw + again
+
+
 def run_fit(
     work: Path, settings: TuneSettings, seed: int = 0, stop=None, dropout: float = 0.1
 ) -> tuple[FitResult, dict[str, torch.Tensor]]:
@@ -281,3 +335,62 @@ def test_teacher_pass_equals_full_logits_and_continues(tmp_path: Path) -> None:
     np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=1e-4)
     assert summary["mean_confidence"] == pytest.approx(np.exp(expected).mean(), rel=1e-3)
     assert summary["supervised_tokens"] == rows.supervised.sum()
+
+
+def test_a_broken_teacher_pass_goes_on_in_the_middle_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    from guidetune.engine.forward import Forward
+
+    rows, model = make_rows(40), tiny_model("llama", vocab=VOCAB, seed=4)
+    monkeypatch.setattr(import_module("guidetune.guidance.teach"), "KEEP_SECONDS", 0.0)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    teach(model, rows, GuideSettings(batch_tokens=50), whole)
+    real, calls = Forward.nll, []
+
+    def counted(self, batch):
+        calls.append(len(batch.rows))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Forward, "nll", counted)
+    with pytest.raises(KeyboardInterrupt):
+        teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    done = sum(calls[:4])
+    calls[:] = [0] * 10
+    teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    assert sum(calls) == 40 - done  # no row twice
+    assert (whole / "log_prob.f16").read_bytes() == (broken / "log_prob.f16").read_bytes()
+    # other batches: the window starts again, and the values are those
+    with pytest.raises(KeyboardInterrupt):
+        calls[:] = []
+        teach(model, rows, GuideSettings(batch_tokens=50), broken)
+    calls[:] = [0] * 10
+    teach(model, rows, GuideSettings(batch_tokens=200), broken)
+    assert sum(calls) == 40
+    np.testing.assert_allclose(np.fromfile(broken / "log_prob.f16", np.float16), np.fromfile(whole / "log_prob.f16", np.float16), rtol=2e-3)
+
+
+def test_int8_linear_layers_are_near_the_exact_ones_and_scale_with_each_token() -> None:
+    from guidetune.models import quantized
+    from guidetune.models.int8 import Int8Linear, to_int8
+
+    if not quantized.has_int8():
+        pytest.skip("no 8-bit products on this processor")
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(96, 64)
+    x = torch.randn(40, 96, generator=generator)
+    with torch.inference_mode():
+        exact, got = layer(x), Int8Linear(layer)(x)
+        assert (got - exact).norm() <= 0.015 * exact.norm()
+        # one token a thousand times larger does not coarsen the others
+        loud = x.clone()
+        loud[7] *= 1000
+        rest = torch.arange(40) != 7
+        assert (Int8Linear(layer)(loud)[rest] - exact[rest]).norm() <= 0.015 * exact[rest].norm()
+        assert Int8Linear(layer)(x.bfloat16()[None]).dtype == torch.bfloat16
+    model = to_int8(tiny_model("qwen2", vocab=VOCAB))
+    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14 and type(model.lm_head) is torch.nn.Linear

@@ -112,10 +112,13 @@ def test_bad_options_are_refused_before_work() -> None:
         registry.build("params", {"method": "lora", "targets": ["no_such_layer"]}).attach(tiny_model())
     with pytest.raises(BadInput, match="head"):
         registry.build("params", {"method": "lora", "targets": ["lm_head", "q_proj"]}).attach(tiny_model())
-    with pytest.raises(BadInput, match="matches no parameter"):
-        registry.build("params", {"method": "full", "include": "nothing_like_this"}).attach(tiny_model())
-    with pytest.raises(BadInput, match="regular expression"):
-        registry.build("params", {"method": "full", "include": "("})
+    for option in ("trainable", "freeze"):
+        with pytest.raises(BadInput, match=f"{option}: 'nothing_like_this' matches no parameter"):
+            registry.build("params", {"method": "full", option: ["nothing_like_this"]}).attach(tiny_model())
+        with pytest.raises(BadInput, match="regular expression"):
+            registry.build("params", {"method": "full", option: ["("]})
+    with pytest.raises(BadInput, match="leaves no parameter"):
+        registry.build("params", {"method": "full", "freeze": [".*"]}).attach(tiny_model())
     with pytest.raises(BadInput, match="float32"):
         registry.build("params", "full").attach(tiny_model().bfloat16())
     with pytest.raises(BadInput, match="did you mean 'rank'"):

@@ -59,6 +59,19 @@ def outcome(place: Path) -> dict:
     return {"arms": arms, "files": files, "losses": losses, "ledger": results["ledger"], "guidance": results["guidance"]["mean_confidence"]}
 
 
+def plain_outcome(run: Path) -> dict:
+    """`outcome` of a single run's folder."""
+    results = json.loads((run / "results.json").read_text())
+    scores = {
+        name: {g: {k: (t["score"], t["ci"], t["n"]) for k, t in arm[g].items()} for g in ("task", "general")}
+        for name, arm in results["arms"].items()
+    }
+    files = {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*.safetensors"))}
+    files |= {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*.f16"))}
+    losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {"scores": scores, "files": files, "losses": losses, "ledger": results["ledger"], "tune": results["arms"]["gift"]["signal"]}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     place = tmp_path_factory.mktemp("undisturbed") / "work"

@@ -182,3 +182,49 @@ def test_arms_of_other_rows_are_not_sorted_by_foreign_confidence(place: Path) ->
     found = results(pipeline.compare(load(place / "recipe.yaml", ["tune.max_steps=1"]), ["gift", "other"], place / "runs/o"))
     assert found["arms"]["other"]["status"] == "ok" and found["arms"]["other"]["signal"] == []
     assert found["arms"]["gift"]["signal"]
+
+
+def test_a_memory_limit_changes_how_and_not_what(place: Path, capsys: pytest.CaptureFixture) -> None:
+    quick = ["evaluate=null", "transfer=null", "tune.params.dropout=0.0", "tune.max_steps=2"]
+    whole = pipeline.run(load(place / "recipe.yaml", quick), place / "runs/whole")
+    with pytest.raises(BadInput, match=r"needs about .* \(the process itself .*10 MB is allowed.*--max-memory"):
+        pipeline.run(load(place / "recipe.yaml", [*quick, "max_memory=10MB"]), place / "runs/none")
+    assert not (place / "runs/none/guidance").exists() and not (place / "runs/none/.adapter.partial").exists()
+    # the same key: a limit on a finished run finds everything done
+    stamp = (whole / "adapter/manifest.json").stat().st_mtime_ns
+    pipeline.run(load(place / "recipe.yaml", [*quick, "max_memory=64GB"]), whole)
+    assert (whole / "adapter/manifest.json").stat().st_mtime_ns == stamp
+    limited = pipeline.run(load(place / "recipe.yaml", [*quick, "max_memory=64GB"]), place / "runs/limited")
+    tuned = results(limited)["arms"]["gift"]["tune"]
+    assert equal(tensors(whole / "adapter"), tensors(limited / "adapter"))
+    assert sum(tuned["memory_estimate"]["parts"].values()) == tuned["memory_estimate"]["bytes"] < 64e9
+
+
+def test_settings_chosen_for_memory_reach_the_loop(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from guidetune.engine import memory
+
+    quick = ["evaluate=null", "transfer=null", "tune.params.dropout=0.0", "tune.max_steps=2", "tune.lr=1e-3"]
+    whole = pipeline.run(load(place / "recipe.yaml", quick), place / "runs/whole")
+    monkeypatch.setattr(memory, "plainly_fits", lambda *a: False)
+    # room for the process and for little besides
+    monkeypatch.setattr(memory, "free_memory", lambda device="cpu": 10 * 2**20)
+    monkeypatch.setattr(memory, "HEAD_SCRATCH", 0)
+    monkeypatch.setattr(memory, "SCRATCH", 0)
+    monkeypatch.setattr(memory, "KEEPING", (2.0, 0))
+    tight = pipeline.run(load(place / "recipe.yaml", quick), place / "runs/tight")
+    said = capsys.readouterr().err
+    assert "gradient checkpointing is on" in said and "tokens instead of 4,096" in said
+    estimate = results(tight)["arms"]["gift"]["tune"]["memory_estimate"]
+    assert estimate["gradient_checkpointing"] is True and estimate["tokens"] < 4096
+    a, b = tensors(whole / "adapter"), tensors(tight / "adapter")
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) <= 1e-6
+    # the released code's reducer makes micro-batches part of the result: they are not touched
+    micro = pipeline.run(load(place / "recipe.yaml", [*quick, "tune.reducer=micro"]), place / "runs/micro")
+    assert results(micro)["arms"]["gift"]["tune"]["memory_estimate"]["tokens"] == 4096
+    assert "warning: training may need" in capsys.readouterr().err
+
+
+def test_bits_that_the_machine_cannot_hold_are_refused_first(place: Path) -> None:
+    with pytest.raises(BadInput, match="tune.quantize: 4bit needs"):
+        pipeline.run(load(place / "recipe.yaml", ["tune.quantize=4bit"]), place / "runs/q")
+    assert not (place / "runs/q/data").exists()
