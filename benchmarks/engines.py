@@ -30,7 +30,8 @@ SEED, LEARNING_RATE, EPOCHS = 0, 2e-4, 3
 class Job:
     """What is measured. `folder` holds `base`, `teacher` (checkpoints) and `rows` of the shape; `scratch` is this process's own.
 
-    With `random` the models are not read but made on `device`, with random weights in bf16.
+    With `random` the models are not read but made on `device`, with random weights in bf16. `options` are further settings of
+    guidetune's loop.
     """
 
     shape: Shape
@@ -40,6 +41,7 @@ class Job:
     steps: int
     device: str = "cpu"
     random: bool = False
+    attention: str = "sdpa"
     options: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -95,7 +97,7 @@ class Job:
         from transformers import AutoModelForCausalLM
 
         if self.random:
-            return self.shape.random_model(("base", "teacher").index(role), torch.bfloat16, self.device)
+            return self.shape.random_model(("base", "teacher").index(role), torch.bfloat16, self.device, self.attention)
         return AutoModelForCausalLM.from_pretrained(self.folder / role)
 
 
@@ -375,25 +377,21 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             job = Job(SHAPES[given.shape], given.folder, Path(scratch), given.warm, given.steps)
-            print(json.dumps(measured(given.engine, job, given.threads)))
+            out = measured(ENGINES[given.engine][1], job, given.threads)
+            print(json.dumps({**out, "limit": matmul_limit(given.threads)}))
     except ImportError as error:
         print(json.dumps({"error": f"{error.name or error} is not installed or too old ({error}): pip install 'guidetune[bench]'"}))
     except BadInput as error:
         print(json.dumps({"error": str(error)}))
 
 
-def measured(engine: str, job: Job, threads: int) -> dict[str, Any]:
-    """What the engine reports, its memory, and the machine's limit right after it."""
+def measured(engine: Callable[[Job], dict[str, Any]], job: Job, threads: int) -> dict[str, Any]:
+    """What the engine reports, the supervised share of its rows and the largest memory until now."""
     import torch
 
     torch.set_num_threads(threads)
-    out = ENGINES[engine][1](job)
-    return {
-        **out,
-        "supervised_share": round(job.supervised, 4),
-        "peak_rss_mb": peak_rss_mb(),
-        "limit": matmul_limit(threads, device=job.device),
-    }
+    out = engine(job)
+    return {**out, "supervised_share": round(job.supervised, 4), "peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":

@@ -93,14 +93,14 @@ class Shape:
             pad_token_id=1,
         )
 
-    def random_model(self, seed: int, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
+    def random_model(self, seed: int, dtype: torch.dtype, device: str = "cpu", attention: str = "sdpa") -> LlamaForCausalLM:
         """A model with random weights, made on `device` in `dtype`."""
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype, attn_implementation=attention)
         return model.eval()
 
     def save(self, folder: Path, seed: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -141,6 +142,8 @@ class Bench:
             "versions": versions(),
             "machine": machine(),
             "notes": self.notes,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), 1),
             "measurements": self.measurements,
         }
 
