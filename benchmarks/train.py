@@ -127,7 +127,7 @@ class Bench:
         return {
             "benchmark": "train",
             "at": self.at,
-            "ratios": {name: round(s["median"], 4) for name, s in spreads.items()},
+            "ratios": {name: s["median"] for name, s in spreads.items()},
             "spread": spreads,
             "by_shape": {
                 shape: {

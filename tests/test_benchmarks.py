@@ -159,10 +159,9 @@ def test_train_measures_and_writes_what_it_promises(tmp_path: Path) -> None:
     call("train.py", *options, "--only", "trl", "trainer", "naive", "sft", "gift")
     found = json.loads(file.read_text())
     names = {"sft_vs_trl", "sft_vs_trainer", "gift3_vs_naive", "gift3_vs_sft", "rss_vs_trl", "share_of_limit_tiny"}
-    assert set(found["ratios"]) == set(found["spread"]) == names
-    assert all(
-        found["spread"][n]["n"] == 2 and found["spread"][n]["min"] <= v <= found["spread"][n]["max"] for n, v in found["ratios"].items()
-    )
+    assert set(found["ratios"]) == names
+    assert found["ratios"] == {name: spread["median"] for name, spread in found["spread"].items()}
+    assert all(spread["n"] == 2 for spread in found["spread"].values())
     assert {"cpu", "cores", "flags", "memory_gb"} <= set(found["machine"]) and "trl" in found["versions"]
     measured = found["measurements"]
     assert len(measured) == 10 and not any("error" in m for m in measured)
