@@ -194,7 +194,7 @@ def compare(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     threads, failed = given.threads, set()
     for shape in given.shapes:
         options = ["--shape", shape, "--folder", str(work / shape), "--rows", str(given.rows), "--seed", str(given.seed), "--rows-only"]
-        results["rows"][shape] = run(Path(__file__).with_name("prepare.py"), options, threads, given.timeout)
+        results["rows"][shape] = run(Path(__file__).with_name("build.py"), options, threads, given.timeout)
     for number in range(given.rounds):
         for shape in given.shapes:
             for engine in given.only[::-1] if number % 2 else given.only:

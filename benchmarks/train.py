@@ -75,7 +75,7 @@ class Bench:
         for name in self.given.shapes:
             options = ["--data", str(self.given.data.resolve())] if self.given.data else []
             found = run(
-                HERE / "prepare.py",
+                HERE / "build.py",
                 ["--shape", name, "--folder", str(work / name), "--rows", str(self.given.rows), "--seed", str(self.given.seed), *options],
                 self.given.threads,
                 self.given.timeout,

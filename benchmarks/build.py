@@ -14,7 +14,7 @@ from shapes import SHAPES, Shape
 VERSION = 1  # raise it when the same arguments give other rows or weights
 
 
-def prepare_rows(shape: Shape, folder: Path, source: Path | None, rows: int, seed: int) -> dict[str, Any]:
+def build_rows(shape: Shape, folder: Path, source: Path | None, rows: int, seed: int) -> dict[str, Any]:
     """Make `folder`/rows (encoded rows and their tokenizer) unless it is there; returns the statistics of the rows.
 
     Raises:
@@ -35,7 +35,7 @@ def prepare_rows(shape: Shape, folder: Path, source: Path | None, rows: int, see
     return stage(folder / "rows", key, build).result
 
 
-def prepare_models(shape: Shape, folder: Path, seed: int) -> None:
+def build_models(shape: Shape, folder: Path, seed: int) -> None:
     """Make `folder`/base and `folder`/teacher, random weights of different seeds, unless they are there."""
     from guidetune.artefacts import stage
 
@@ -61,9 +61,9 @@ def main() -> None:
 
     shape = SHAPES[given.shape]
     try:
-        found = prepare_rows(shape, given.folder, given.data, given.rows, given.seed)
+        found = build_rows(shape, given.folder, given.data, given.rows, given.seed)
         if not given.rows_only:
-            prepare_models(shape, given.folder, given.seed)
+            build_models(shape, given.folder, given.seed)
     except BadInput as error:
         found = {"error": str(error)}
     print(json.dumps(found))
