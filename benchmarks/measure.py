@@ -114,13 +114,17 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     from guidetune.threads import available_cores
 
-    out: dict[str, Any] = {"system": platform.platform(), "python": platform.python_version(), "cores": available_cores()}
+    out: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": available_cores(),
+    }
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         flags = set(info.get("flags", "").split())
         out["cpu"] = info.get("model name", platform.processor())
-        out["cpu_family"] = info.get("cpu family")
+        out |= {"cpu_family": info.get("cpu family"), "cpu_model": info.get("model")}  # virtual machines hide the name
         out["flags"] = {name: name in flags for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")}
         memory = Path("/proc/meminfo").read_text(encoding="ascii").split("MemTotal:")[1].split()[0]
         out["memory_gb"] = round(int(memory) / 1024**2, 1)
