@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow lint docs clean
+.PHONY: help setup setup-dev demo test test-slow lint docs bench-train clean
 
 help:
 	@echo "make demo       compare instruct, sft, graft and gift on the embedded pair; prints a table and the report's path"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make setup      .venv with the locked requirements and guidetune (demo and test do this themselves)"
 	@echo "make docs       write the generated pages of docs/ again"
+	@echo "make bench-train  training speed beside the incumbents, 8 minutes; BENCH=--full for all of it"
 	@echo "make clean      remove caches and build leftovers (keeps .venv and runs/)"
 	@echo "Another interpreter: make setup PYTHON=python3.12"
 
@@ -36,6 +37,11 @@ lint: setup-dev
 
 docs: setup
 	$(PY) -m guidetune.reference
+
+# trl is among the development requirements
+BENCH ?= --quick
+bench-train: setup-dev
+	$(PY) benchmarks/train.py $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
