@@ -11,17 +11,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from guidetune.artefacts import write_bytes_atomic
+from guidetune.engine.distributed import current, part_of, whole
 
 FILE = "checkpoint.safetensors"
 
 
 def save_checkpoint(work: Path, params: dict[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, cursor: dict[str, Any]) -> None:
-    """Order, dropout and schedule follow from (seed, step), so the cursor replaces generator states."""
+    """Order, dropout and schedule follow from (seed, step), so the cursor replaces generator states.
+
+    Written whole by rank 0, so that any number of processes can go on; where tensors are sharded every rank must call it.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, p in params.items():
-        tensors[f"param/{name}"] = p.detach().cpu().contiguous()
+        tensors[f"param/{name}"] = whole(p.detach()).cpu().contiguous()
         for key, value in optimiser.state.get(p, {}).items():
-            tensors[f"state/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensors[f"state/{key}/{name}"] = whole(torch.as_tensor(value).detach()).cpu().contiguous()
+    if not current().main:
+        return
     # clones: tied tensors must not share memory in a safetensors file
     write_bytes_atomic(work / FILE, save({k: v.clone() for k, v in tensors.items()}, metadata={"cursor": json.dumps(cursor)}))
 
@@ -41,9 +47,9 @@ def load_checkpoint(work: Path, params: dict[str, torch.nn.Parameter], optimiser
         return None
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(stored[f"param/{name}"])
+            p.copy_(part_of(stored[f"param/{name}"], p))
             keys = [k.split("/", 2)[1] for k in stored if k.startswith("state/") and k.split("/", 2)[2] == name]
             if keys:
                 # the step counter stays a CPU tensor, the moments follow the parameter
-                optimiser.state[p] = {k: (v if k == "step" else v.to(p.device)) for k in keys for v in [stored[f"state/{k}/{name}"]]}
+                optimiser.state[p] = {k: (v if k == "step" else part_of(v, p)) for k in keys for v in [stored[f"state/{k}/{name}"]]}
     return cursor
