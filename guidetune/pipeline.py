@@ -219,9 +219,12 @@ class _Job:
     def _fingerprint(self, name: str) -> str:
         from guidetune.models.fingerprints import fingerprint as model_fingerprint
 
-        if name not in self._prints:
-            self._prints[name] = _group().once(lambda: model_fingerprint(self._spec(name)))
-        return self._prints[name]
+        def known() -> str:  # rank 0 may have it already from work it did alone
+            if name not in self._prints:
+                self._prints[name] = model_fingerprint(self._spec(name))
+            return self._prints[name]
+
+        return _group().once(known)
 
     _prints: dict[str, str] = field(default_factory=dict)
 

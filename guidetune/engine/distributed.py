@@ -354,6 +354,7 @@ class Group:
         for module in backbone.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum: the loss's denominator divides, once
+                module.set_force_sum_reduction_for_comms(True)
 
     def _materialise(self, module: nn.Module) -> None:
         """Move whole parameters and buffers to this rank's device; with RAM-efficient loading only rank 0 has read them."""
@@ -512,11 +513,12 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if not any(is_sharded(t) for t in state.values()):
         return None
     main = current().main
-    out = {}
+    out: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
     for name, tensor in state.items():
         full = whole(tensor).detach()
-        if main:
-            out[name] = full.cpu().clone()
+        if main:  # tied tensors stay one
+            out[name] = full.cpu() if is_sharded(tensor) else seen.setdefault(full.data_ptr(), full.cpu())
     return out
 
 
