@@ -182,7 +182,7 @@ def _global(
     from guidetune.progress import set_verbosity
 
     threads.settle()
-    set_verbosity(-1 if quiet or processes.rank() else 1 if verbose else 0)
+    set_verbosity(1 if verbose else -1 if quiet else 0)
     if processes.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 shows the results
 

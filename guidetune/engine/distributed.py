@@ -18,6 +18,7 @@ An error on one rank becomes the same error on all of them (`agree`), at the nex
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -418,16 +420,14 @@ def _join() -> Group:
 
 def _sharding() -> Any:
     """accelerate's FSDP settings when the launch asks for sharded parameters, else None."""
-    quiet = processes.rank() != 0
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "") and not quiet:
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ""):
         say("note: the launch's mixed_precision is not used; tune.dtype decides the precision")
     if _flag("ACCELERATE_USE_MEGATRON_LM") or _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise BadInput("tensor, context and pipeline parallel launches are not supported; use data parallel or FSDP2 (docs/distributed.md)")
     if _flag("ACCELERATE_USE_DEEPSPEED"):
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if not quiet:
-            how = "shards the layers with PyTorch's FSDP2, as stage 3 would" if stage == "3" else "runs data parallel, nothing is sharded"
-            say(f"note: DeepSpeed ZeRO-{stage} was asked for; guidetune does not use DeepSpeed's engine and {how}")
+        stage = _zero_stage()
+        how = "shards the layers with PyTorch's FSDP2, as stage 3 would" if stage == "3" else "runs data parallel, nothing is sharded"
+        say(f"note: DeepSpeed ZeRO-{stage} was asked for; guidetune does not use DeepSpeed's engine and {how}")
         if stage != "3":
             return None
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") == "cpu"
@@ -437,9 +437,22 @@ def _sharding() -> Any:
     plugin = _plugin()
     if plugin.fsdp_version != 2:
         raise BadInput("the launch asks for FSDP version 1; set fsdp_version: 2 under fsdp_config of the accelerate config")
-    if plugin.activation_checkpointing and not quiet:
+    if plugin.activation_checkpointing:
         say("note: fsdp_activation_checkpointing is not used; set tune.gradient_checkpointing in the recipe")
     return plugin
+
+
+def _zero_stage() -> str:
+    """DeepSpeed's ZeRO stage, of the launch's options or of its own configuration file."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path:
+        try:
+            stage = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        except (OSError, ValueError, AttributeError) as error:
+            raise BadInput(f"the launch's DeepSpeed configuration {path} cannot be read: {error}") from None
+        if isinstance(stage, int):
+            return str(stage)
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
 
 
 def _plugin(**options: Any) -> Any:

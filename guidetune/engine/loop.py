@@ -26,10 +26,11 @@ from guidetune.guidance.store import Guidance
 from guidetune.objectives.reduce import REDUCERS, scale
 from guidetune.objectives.token_weights import TokenBatch, TokenWeights
 from guidetune.params import Attached
-from guidetune.progress import progress
+from guidetune.progress import progress, say
 
 SIGNAL_EDGES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 CHECKPOINT_SECONDS = 120.0
+BUSY = 0.75  # below this share of the ranks' time a launch is told how to do better
 METRICS = "metrics.jsonl"
 
 
@@ -155,6 +156,8 @@ def fit(
             opened(model, layout, autocast) as forward,
             progress(label, steps, "steps", state.step) as bar,
         ):
+            if group.size > 1:
+                _tell_idle(group, forward, rows, settings, objective, state.step)
             if validation is not None and state.step == 0:
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:
@@ -328,6 +331,19 @@ def _pieces(
         pieces += own
         owners += [rank] * len(own)
     return pieces, owners
+
+
+def _tell_idle(
+    group: distributed.Group, forward: Forward, rows: EncodedRows, settings: TuneSettings, objective: Objective, step: int
+) -> None:
+    """Say so when the micro-batches of the next optimiser batch cannot keep all ranks busy."""
+    pieces, owners = _pieces(group, forward, rows, optimiser_batch(len(rows), settings.batch, settings.seed, step), settings, objective)
+    load = np.bincount(owners, weights=[float(rows.lengths[p].sum()) for p in pieces], minlength=group.size)
+    if load.mean() < BUSY * load.max():
+        say(
+            f"note: {len(pieces)} micro-batches for {group.size} processes keep them {100 * load.mean() / load.max():.0f} % busy;"
+            f" with dropout or the reducer micro they are not cut for more processes: lower tune.micro_tokens ({settings.micro_tokens})"
+        )
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:

@@ -37,7 +37,8 @@ def train(variant: str, work: Path, stop_at: int | None = None) -> tuple[dict[st
     rows = make_rows(20)
     model = tiny_model(family, vocab=VOCAB, seed=0, tie_word_embeddings=tied)
     attached = lora(model, dropout=dropout, warm=False) if kind == "lora" else Full().attach(model)
-    settings = SETTINGS if kind == "lora" else SETTINGS.model_copy(update={"lr": 1e-3})
+    changes = {"lr": 1e-2 if kind == "lora" else 1e-3, "gradient_checkpointing": variant == "rows"}
+    settings = SETTINGS.model_copy(update=changes)
     objective = Objective([Gift()], reducer, {"instruct": guidance_for(rows)})
     work.mkdir(parents=True, exist_ok=True)
     stop = None if stop_at is None else (lambda step: step == stop_at)

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from guidetune.engine import distributed
 from guidetune.engine.distributed import balanced
+from guidetune.errors import BadInput
 from tests.conftest import ROOT
 from tests.engine import ranks
 from tests.pipeline.conftest import RECIPE, write_pair, write_rows
@@ -156,6 +158,32 @@ def test_pieces_are_dealt_evenly_and_the_same_everywhere() -> None:
     assert balanced([3.0], 4) == [0] and balanced([], 4) == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "nowhere.json"),
+    ],
+)
+def test_launches_that_are_not_supported_are_refused(asked: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=words):
+        distributed._sharding()
+
+
+def test_deepspeeds_stage_decides_what_is_sharded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    for name, value in ZERO3.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._sharding().fsdp_version == 2
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    assert distributed._sharding() is None
+    assert capsys.readouterr().err.count("does not use DeepSpeed's engine") == 2
+
+
 # One process fails, or is killed, at the n-th call of a function.
 DRIVER = """
 import importlib, os, sys
@@ -198,24 +226,41 @@ def test_an_error_of_one_process_ends_all_and_is_named(place: Path, mode: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_killed_or_interrupted_with_two_then_finished_with_one(place: Path, sign: signal.Signals) -> None:
+def test_a_comparison_goes_on_after_an_arm_that_failed_on_one_process(place: Path) -> None:
+    (place / "driver.py").write_text(DRIVER)
+    command = [*TORCHRUN, "2", "driver.py", "guidetune.engine.loop:_micro_batch", "2", "1", "raise"]
+    code, out, error = finish(start([*command, "compare", "recipe.yaml", "--arms", "instruct,sft,gift", *TIGHT, "--out", "runs/a"], place))
+    assert code == 1 or "exitcode  : 1" in error
+    assert "arm sft failed: rank 1: RuntimeError: the disk is on fire" in error
+    arms = json.loads((place / "runs/a/results.json").read_text())["arms"]
+    assert {name: arm["status"] for name, arm in arms.items()} == {"instruct": "ok", "sft": "failed", "gift": "ok"}
+    assert out.count("report:") == 1
+
+
+@pytest.mark.slow
+def test_killed_with_two_processes_then_finished_with_one(place: Path) -> None:
     command = [sys.executable, "-m", "guidetune", "run", "recipe.yaml", *TIGHT, "--out"]
     assert finish(start([*command, "runs/undisturbed"], place))[0] == 0
-    if sign == signal.SIGKILL:
-        assert disturbed(place, "guidetune.engine.loop:_micro_batch", 9, 1, str(int(sign)))[0] != 0
-    else:
-        launch = start([*TORCHRUN, "2", "-m", "guidetune", "run", "recipe.yaml", *TIGHT, "--set", "tune.epochs=300", "--out", "runs/a"], place)
-        deadline = time.monotonic() + 90
-        while not list((place / "runs/a").glob(".adapter.partial/checkpoint.safetensors")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.kill(launch.pid, sign)  # the launcher passes it on
-        code, _, error = finish(launch, 60)
-        assert code != 0 and error.count("interrupted. What is finished is kept") == 1
-        return
-    assert list((place / "runs/a").glob(".adapter.partial/checkpoint.safetensors"))
+    assert disturbed(place, "guidetune.engine.loop:_micro_batch", 9, 1, str(int(signal.SIGKILL)))[0] != 0
+    assert (place / "runs/a/.adapter.partial/checkpoint.safetensors").is_file()
     assert finish(start([*command, "runs/a"], place))[0] == 0
     close(*(load_file(place / f"runs/{name}/adapter/adapter_model.safetensors") for name in ("a", "undisturbed")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("mode", [{}, FSDP2], ids=["data-parallel", "fsdp2"])
+def test_ctrl_c_and_sigterm_keep_a_checkpoint_and_end_all(place: Path, sign: signal.Signals, mode: dict[str, str]) -> None:
+    endless = ["--set", "tune.epochs=3000", "--set", "tune.checkpoint_every=null"]
+    launch = start([*TORCHRUN, "2", "-m", "guidetune", "run", "recipe.yaml", *TIGHT, *endless, "--out", "runs/a"], place, **mode)
+    metrics = place / "runs/a/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and launch.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(launch.pid, sign)  # the launcher passes it on
+    code, _, error = finish(launch, 60)
+    assert code != 0 and error.count("interrupted. What is finished is kept") == 1, error[-4000:]
+    assert (place / "runs/a/.adapter.partial/checkpoint.safetensors").is_file()
 
 
 @pytest.mark.slow
