@@ -277,12 +277,11 @@ class Group:
         grads = [p.grad for p in params if p.grad is not None]
         if not grads:
             return 0.0
-        norms = torch.stack([n.float() for n in torch._foreach_norm([local(g) for g in grads])])
-        sharded = [is_sharded(g) for g in grads]
-        if self.size == 1 or not any(sharded):
-            return float(torch.linalg.vector_norm(norms))
-        squares = norms.double().square().cpu().numpy()
-        apart = np.array(sharded)
+        norms = [n.float() for n in torch._foreach_norm([local(g) for g in grads])]
+        apart = np.array([is_sharded(g) for g in grads])
+        if not apart.any():
+            return float(torch.linalg.vector_norm(torch.stack(norms)))
+        squares = np.array([float(n) ** 2 for n in norms])  # one by one: offloaded shards lie on another device
         return float(np.sqrt(squares[~apart].sum() + self.total(squares[apart].sum(keepdims=True))[0]))
 
     def optimiser_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -430,8 +429,9 @@ def _sharding() -> Any:
         say(f"note: DeepSpeed ZeRO-{stage} was asked for; guidetune does not use DeepSpeed's engine and {how}")
         if stage != "3":
             return None
-        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") == "cpu"
-        return _plugin(fsdp_version=2, cpu_offload=offload, cpu_ram_efficient_loading=False)
+        if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none":
+            raise BadInput("offload_param_device is not supported under DeepSpeed; use an FSDP2 launch with fsdp_offload_params: true")
+        return _plugin(fsdp_version=2, cpu_offload=False, cpu_ram_efficient_loading=False)
     if not _flag("ACCELERATE_USE_FSDP"):
         return None
     plugin = _plugin()
@@ -517,7 +517,8 @@ def part_of(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    part = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return part.to(local(like).device)
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor] | None:

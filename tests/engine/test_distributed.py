@@ -165,6 +165,7 @@ def test_pieces_are_dealt_evenly_and_the_same_everywhere() -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "not supported"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "nowhere.json"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device"),
     ],
 )
 def test_launches_that_are_not_supported_are_refused(asked: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
