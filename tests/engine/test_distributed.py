@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -288,6 +289,23 @@ def test_a_launched_recipe_gives_the_results_of_one_process(place: Path, config:
             a, b = ({k: t["score"] for k, t in r["arms"][arm][group].items()} for r in results)
             assert a == pytest.approx(b, rel=1e-4)
     assert not list((place / "two").rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_several_nodes.yaml", "fsdp2_several_nodes.yaml"])
+def test_two_launchers_as_on_two_machines(place: Path, config: str) -> None:
+    arguments = ["-m", "guidetune", "run", "recipe.yaml", *TIGHT, "--out"]
+    assert finish(start([sys.executable, *arguments, "one/a"], place))[0] == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate" / config)]
+    launcher += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+    machines = [start([*launcher, str(number), *arguments, "two/a"], place) for number in range(2)]
+    for number, (code, out, error) in enumerate([finish(machine) for machine in machines]):
+        assert code == 0, error[-4000:]
+        assert out.count("report:") == (1 if number == 0 else 0)
+    close(*(load_file(place / f"{n}/a/adapter/adapter_model.safetensors") for n in ("two", "one")))
 
 
 def test_a_verb_without_shared_work_runs_once(place: Path) -> None:
