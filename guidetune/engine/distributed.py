@@ -138,13 +138,8 @@ class Group:
     def _raise(self, failure: BaseException | None) -> NoReturn:
         found = self.exchange(_packed(failure))
         first = next(rank for rank, one in enumerate(found) if one is not None)
-        error: BaseException
-        if any(one is not None and one[0] == INTERRUPTED for one in found):
-            error = KeyboardInterrupt()
-        else:
-            error = failure if failure is not None and first == self.rank else _unpacked(*found[first], rank=first)  # type: ignore[misc]
-        error.on_every_rank = True  # type: ignore[attr-defined]
-        raise error
+        interrupted = next((one for one in found if one is not None and one[0] == INTERRUPTED), None)
+        raise _on_all(failure if first == self.rank else None, interrupted or found[first], first)
 
     def agreed(self, work: Callable[[], T]) -> T:
         """This rank's `work()`, which meets no other rank; an error of any rank is raised on all."""
@@ -173,9 +168,7 @@ class Group:
                 self._alone -= 1
         result, packed = self.broadcast((result, _packed(failure)))
         if packed is not None:
-            error = failure if failure is not None else _unpacked(*packed, rank=0)
-            error.on_every_rank = True  # type: ignore[attr-defined]
-            raise error
+            raise _on_all(failure, packed, 0)
         return result
 
     def follow(self, lead: Callable[[Callable[[Any], Any]], T], build: Callable[[Any], Any]) -> T:
@@ -189,9 +182,7 @@ class Group:
                 if what == "done":
                     return value
                 if what == "failed":
-                    error = own if own is not None else _unpacked(*value, rank=0)
-                    error.on_every_rank = True  # type: ignore[attr-defined]
-                    raise error
+                    raise own if own is not None else _on_all(None, value, 0)
                 try:
                     build(value)
                 except BaseException as error:
@@ -216,10 +207,13 @@ class Group:
             result = lead(together)
         except BaseException as error:
             self._alone -= 1
-            if not getattr(error, "on_this_rank", False):
-                self.broadcast(("failed", _packed(error)))
-                error.on_every_rank = True  # type: ignore[attr-defined]
-            raise
+            if getattr(error, "on_this_rank", False):
+                raise
+            packed = _packed(error)
+            self.broadcast(("failed", packed))
+            assert packed is not None
+            shared = _on_all(error, packed, 0)
+            raise shared from shared.__cause__
         self._alone -= 1
         self.broadcast(("done", result))
         return result
@@ -562,14 +556,23 @@ def _packed(error: BaseException | None) -> tuple[str, list[str]] | None:
         return "bad input", error.problems
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, []
-    return "failed", [str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"]
+    return "failed", [str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}".rstrip(": ")]
 
 
-def _unpacked(kind: str, lines: list[str], rank: int) -> BaseException:
+def _on_all(own: BaseException | None, packed: tuple[str, list[str]], rank: int) -> BaseException:
+    """What every rank raises for the failure of one: of the same kind everywhere, so that all go on or none."""
+    kind, lines = packed
     where = f"rank {rank}: " if rank else ""
+    error: BaseException
     if kind == INTERRUPTED:
-        return KeyboardInterrupt()
-    return BadInput([where + line for line in lines]) if kind == "bad input" else RunFailed(where + "\n".join(lines))
+        error = KeyboardInterrupt()
+    elif isinstance(own, (BadInput, RunFailed)):
+        error = own
+    else:
+        error = BadInput([where + line for line in lines]) if kind == "bad input" else RunFailed(where + "\n".join(lines))
+        error.__cause__ = own
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    return error
 
 
 @contextmanager
