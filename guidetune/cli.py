@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from guidetune import threads
+from guidetune import processes, threads
 from guidetune.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ app = typer.Typer(
 world_app = typer.Typer(help="The embedded world: a small base/instruct pair and its tasks.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(world_app, name="world")
 
+SHARED_VERBS = ("run", "compare", "demo", "guide", "evaluate")  # functions whose work several processes share
+PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that has failed
 GLOBAL_FLAGS = ("--debug", "-v", "--verbose", "-q", "--quiet")
 _debug = False
 
@@ -54,31 +56,35 @@ def verb(function: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         code: int | None = 0
+        if processes.count() > 1 and not _joins(function.__name__):
+            raise typer.Exit(0)
         try:
             code = function(*args, **kwargs)
             sys.stdout.flush()
         except (BadInput, RunFailed) as error:
             if _debug:
                 raise
-            _fail(str(error) or type(error).__name__)
+            _fail(str(error) or type(error).__name__, error)
             code = error.exit_code
         except BrokenPipeError:
             # The reader of our output has gone (`| head`): nothing to say, and nobody to say it to.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         except KeyboardInterrupt:
-            _fail("interrupted. What is finished is kept; run the same command to continue.")
+            _fail("interrupted. What is finished is kept; run the same command to continue.", KeyboardInterrupt())
             code = 130
-        except MemoryError:
+        except MemoryError as error:
             if _debug:
                 raise
-            _fail("out of memory; lower tune.micro_tokens, guide.batch_tokens or evaluate.batch_tokens. What is finished is kept.")
+            _fail("out of memory; lower tune.micro_tokens, guide.batch_tokens or evaluate.batch_tokens. What is finished is kept.", error)
             code = 1
         except Exception as error:
             if _debug:
                 raise
-            _fail(f"{_what(error)}\nThis is unexpected; `guidetune --debug ...` shows where it happened.")
+            _fail(f"{_what(error)}\nThis is unexpected; `guidetune --debug ...` shows where it happened.", error)
             code = 1
+        if processes.count() > 1:
+            _leave(code or 0)
         raise typer.Exit(code or 0)
 
     return run
@@ -90,12 +96,53 @@ def _what(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _fail(text: str) -> None:
+def _fail(text: str, error: BaseException) -> None:
+    """Say on standard error why the command ends; of several processes, the one that knows says it."""
+    if processes.rank() and not _speaks(error):
+        return
     lines = text.splitlines()
+    if processes.rank():
+        lines[0] = f"rank {processes.rank()}: {lines[0]}"
     try:
         print(f"error: {lines[0]}" if len(lines) == 1 else "error:\n  " + "\n  ".join(lines), file=sys.stderr, flush=True)
     except OSError:
         pass  # standard error is closed too
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether a process other than rank 0 has to report an error: not one that rank 0 has met too.
+
+    The launcher ends this process as soon as another has ended, so waiting tells the two apart.
+    """
+    if getattr(error, "on_every_rank", False) or isinstance(error, KeyboardInterrupt):
+        time.sleep(PATIENCE)
+        return False
+    from_start = processes.local_rank() and isinstance(error, BadInput)  # the neighbour with rank 0 reads the same recipe
+    if from_start or type(error).__name__ == "Lost":
+        time.sleep(PATIENCE)
+    return True
+
+
+def _joins(verb: str) -> bool:
+    """Whether several processes share a verb's work; other verbs are left to rank 0, as if it had been started alone."""
+    if verb in SHARED_VERBS:
+        return True
+    if processes.rank():
+        return False
+    processes.stay_alone()
+    return True
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes: at once after an error (an exit that waits for lost peers could hang), else together."""
+    if code == 0:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
+        raise typer.Exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -139,6 +186,8 @@ def _global(
 
     threads.settle()
     set_verbosity(1 if verbose else -1 if quiet else 0)
+    if processes.rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 shows the results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

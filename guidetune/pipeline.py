@@ -23,6 +23,7 @@ from guidetune.registry import source_file
 if TYPE_CHECKING:
     from guidetune.data.chat import Chat
     from guidetune.data.rows import EncodedRows
+    from guidetune.engine.distributed import Group
     from guidetune.engine.settings import TuneSettings
     from guidetune.evaluation.evaluate import EvalSettings, Planned
     from guidetune.guidance import Guidance
@@ -81,11 +82,12 @@ def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
     threads.settle()
     began = time.monotonic()
-    _check_place(out)
+    group = _group()
+    group.agreed(lambda: _check_place(out))
     job = _Job(recipe, out, kind)
     job.check(arms)
     job.plan_memory(arms)
-    write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml())
+    group.once(lambda: write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml()))
     results = job.opening()
     failed: list[str] = []
     job.guide_first(arms)
@@ -102,14 +104,18 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
                     lambda again=again, name=name, k=k: job.arm(name, again, k), failed, f"{name} (seed {arm.tune.seed + k})", again
                 )
                 results["arms"][name].setdefault("seeds", []).append({"seed": again.tune.seed, **entry})
-    job.compare_with_reference(results["arms"])
-    for entry in results["arms"].values():
-        if entry.get("seeds"):
-            entry["over_seeds"] = _over_seeds(entry)
-    results.update(job.closing())
-    results["seconds"] = round(time.monotonic() - began, 1)
-    write_json(out / "results.json", results)
-    _report(out, results)
+
+    def close() -> None:
+        job.compare_with_reference(results["arms"])
+        for entry in results["arms"].values():
+            if entry.get("seeds"):
+                entry["over_seeds"] = _over_seeds(entry)
+        results.update(job.closing())
+        results["seconds"] = round(time.monotonic() - began, 1)
+        write_json(out / "results.json", results)
+        _report(out, results)
+
+    group.once(close)
     if failed:
         raise RunFailed("\n".join([*failed, f"the other arms are in {out / 'report.html'}; the same command tries again"]))
     return out
@@ -117,10 +123,12 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
 
 def _try(work: Callable[[], dict[str, Any]], failed: list[str], name: str, arm: Recipe) -> dict[str, Any]:
     """The results of one arm, or the reason why it has none. Ctrl-C still stops everything."""
+    from guidetune.engine.distributed import everywhere
+
     try:
         return work()
     except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError) as error:
-        if os.environ.get("GUIDETUNE_DEBUG"):
+        if os.environ.get("GUIDETUNE_DEBUG") or not everywhere(error):
             raise
         text = str(error) or type(error).__name__
         failed.append(f"arm {name} failed: {text}")
@@ -169,7 +177,7 @@ class _Job:
                 problems.extend(p for p in error.problems if p not in problems)
                 return None
 
-        self.pair = attempt(lambda: self._check_pair(arms)) or {}
+        self.pair = attempt(lambda: _group().once(lambda: self._check_pair(arms))) or {}
         for arm in arms.values():
             if arm.evaluate is not None:
                 for group in ("task", "general"):
@@ -177,8 +185,7 @@ class _Job:
             for teacher in _teachers(arm):
                 attempt(lambda teacher=teacher: self._resolve(teacher))
             attempt(lambda arm=arm: _check_bits(arm))
-        if problems:
-            raise BadInput(problems)
+        _group().agree(BadInput(problems) if problems else None)
 
     def _check_pair(self, arms: Mapping[str, Recipe]) -> dict[str, Any]:
         from guidetune.models.pair import check_pair
@@ -228,7 +235,14 @@ class _Job:
             raise BadInput(problems)
 
     def _budget(self) -> tuple[int | None, bool]:
-        """Bytes this process may take in all (on a GPU: of its memory), and whether the user has set them."""
+        """Bytes this process may take in all (on a GPU: of its memory), and whether the user has set them; rank 0's for all."""
+        if self._limit is None:
+            self._limit = _group().once(self._measured_budget)
+        return self._limit
+
+    _limit: tuple[int | None, bool] | None = None
+
+    def _measured_budget(self) -> tuple[int | None, bool]:
         from guidetune.engine import memory
         from guidetune.models.loading import pick_device
         from guidetune.weightspace.store import parse_size
@@ -237,7 +251,9 @@ class _Job:
             return parse_size(self.recipe.max_memory), True
         if (free := memory.free_memory(pick_device())) is None:
             return None, False
-        return int(memory.USABLE * free) + self._own_memory(), False
+        # processes of one machine share its memory; a GPU has one
+        sharing = _group().size if pick_device() == "cpu" else 1
+        return int(memory.USABLE * free) // sharing + self._own_memory(), False
 
     def _own_memory(self) -> int:
         """What this process takes beside the models: nothing on a GPU."""
@@ -381,9 +397,12 @@ class _Job:
     def _fingerprint(self, name: str) -> str:
         from guidetune.models.fingerprints import fingerprint as model_fingerprint
 
-        if name not in self._prints:
-            self._prints[name] = model_fingerprint(self._spec(name))
-        return self._prints[name]
+        def known() -> str:  # rank 0 may have it already from work it did alone
+            if name not in self._prints:
+                self._prints[name] = model_fingerprint(self._spec(name))
+            return self._prints[name]
+
+        return _group().once(known)
 
     _prints: dict[str, str] = field(default_factory=dict)
 
@@ -419,13 +438,15 @@ class _Job:
             if any(known == folder for known, _ in self._rows.values()):
                 folder = folder.with_name(f"{folder.name}-{key[:8]}")
             operations = data.operations if split == "train" else []
-            done = prepare(specs, operations, self.chat, settings, folder, arm.root)
-            if split == "train":
+            group = _group()
+            done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root))
+            if split == "train" and group.main:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
                 _say_ledger(done)
                 self._warn_of_leaks(done.path)
-            self._rows[key] = (done.path, EncodedRows.open(done.path))
+            # every process maps the file itself: rows are never sent
+            self._rows[key] = (done.path, group.agreed(lambda: EncodedRows.open(done.path)))
         return self._rows[key]
 
     def _warn_of_leaks(self, folder: Path) -> None:
@@ -469,12 +490,14 @@ class _Job:
         def build(work: Path) -> dict[str, Any]:
             model = self._load(teacher, dtype)
             try:
+                _group().place(model)
                 return teach(model, rows, settings, work, label=f"guide ({teacher})")
             finally:
                 _release(model)
 
         folder = self.out / "guidance" / _slug(teacher)
-        done = _shared_stage(self.out.parent / ".store" / f"guide-{fingerprint(key)[:16]}", folder, key, build)
+        shared = self.out.parent / ".store" / f"guide-{fingerprint(key)[:16]}"
+        done = _group().follow(lambda build: _shared_stage(shared, folder, key, build), build)
         self._folders[f"guidance/{teacher}"] = done.path
         summary = {**done.result, "teacher": self._spec(teacher), "seconds": done.seconds}
         if not self.guidance:
@@ -499,6 +522,7 @@ class _Job:
     def tune(self, arm: Recipe, folder: Path) -> tuple[StageResult, dict[str, float]]:
         """The trained adapter (or model), and the seconds its stages took."""
         from guidetune.engine import Objective, fit, memory
+        from guidetune.engine.distributed import full_state
         from guidetune.params import PROVENANCE
 
         tune = arm.tune
@@ -543,18 +567,22 @@ class _Job:
                 objective = Objective(tune.weights, reducer, analysed, frozenset(self.chat.stop_token_ids))
                 with memory.sparing(bool(estimate and estimate["frugal"])):
                     result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
-                attached.save(work)
-                write_json(
-                    work / PROVENANCE,
-                    {"base": self._spec(tune.on), "base_fingerprint": self._fingerprint(tune.on), "method": "guidetune", "tune": key},
-                )
-                (work / "checkpoint.safetensors").unlink(missing_ok=True)
+                origin = {"base": self._spec(tune.on), "base_fingerprint": self._fingerprint(tune.on), "method": "guidetune", "tune": key}
+                state = full_state(attached.model) if not tune.params.frozen_base else None
+
+                def save() -> None:
+                    attached.save(work, state) if state is not None else attached.save(work)
+                    write_json(work / PROVENANCE, origin)
+                    (work / "checkpoint.safetensors").unlink(missing_ok=True)
+
+                group.once(save)
                 return {**result.as_dict(), "peak_rss_mb": _peak_rss_mb(), "memory_estimate": estimate}
             finally:
                 _release(model)
 
         folder.mkdir(parents=True, exist_ok=True)
-        done = stage(folder / "adapter", key, build)
+        group = _group()
+        done = group.follow(lambda build: stage(folder / "adapter", key, build), build)
         return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
 
     def _parameters(self, name: str) -> int:
@@ -572,7 +600,8 @@ class _Job:
     def _load(self, name: str, dtype: str, quantize: str = "none") -> Any:
         from guidetune.models.loading import load_model
 
-        return load_model(self._spec(name), dtype=dtype, quantize=quantize)
+        group = _group()
+        return group.agreed(lambda: load_model(self._spec(name), dtype=dtype, device=group.loading_device, quantize=quantize))
 
     # -- transfer -----------------------------------------------------------------------------------------------------
 
@@ -588,17 +617,19 @@ class _Job:
         probes = [rows[i].input_ids.tolist() for i in range(min(8, len(rows)))]
         # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
         delta = adapter if (adapter / "adapter_config.json").is_file() else Delta.difference(adapter, trained_on)
-        return transfer(
-            delta,
-            self._spec(options.into),
-            folder / "model",
-            scale=options.scale,
-            dtype=options.dtype,
-            max_shard=options.max_shard,
-            rounding=options.rounding,
-            seed=arm.seed,
-            base=trained_on,
-            verify_rows=probes,
+        return _group().once(
+            lambda: transfer(
+                delta,
+                self._spec(options.into),
+                folder / "model",
+                scale=options.scale,
+                dtype=options.dtype,
+                max_shard=options.max_shard,
+                rounding=options.rounding,
+                seed=arm.seed,
+                base=trained_on,
+                verify_rows=probes,
+            )
         )
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
@@ -619,10 +650,12 @@ class _Job:
 
         if arm.evaluate is None:
             return {"task": {}, "general": {}}
-        handle = open_handle(spec)
+        group = _group()
+        handle = group.agreed(lambda: open_handle(spec, device=group.loading_device))
         settings = _eval_settings(arm.evaluate, arm.seed).model_copy(update={"batch_tokens": self._evaluate_tokens(arm)})
         try:
-            found = {group: evaluate(handle, self._plan(arm, group), out / group, settings, arm.root) for group in ("task", "general")}
+            group.place(handle.model)
+            found = {kind: evaluate(handle, self._plan(arm, kind), out / kind, settings, arm.root) for kind in ("task", "general")}
         finally:
             _release(handle)
         return {**found, "fingerprint": handle.fingerprint}
@@ -734,7 +767,8 @@ def guide(recipe: Recipe, out: Path | None = None, export: Path | None = None) -
             from guidetune.guidance import export as export_scores
 
             target = export if len(_teachers(recipe)) <= 1 else export.with_name(f"{export.stem}.{_slug(teacher)}{export.suffix}")
-            count = export_scores(folder, job.prepare(recipe)[1], target)
+            rows = job.prepare(recipe)[1]
+            count = _group().once(lambda folder=folder, rows=rows, target=target: export_scores(folder, rows, target))
             lines.append(f"{count:,} rows written to {target}")
         lines.append(f"guidance: {folder}")
     return "\n".join(lines)
@@ -752,11 +786,15 @@ def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     source = resolve(spec)
     settings = _eval_settings(section, 0)
     planned = plan([*section.task, *section.general], settings, Path.cwd())
-    handle = open_handle(source)
+    group = _group()
+    handle = group.agreed(lambda: open_handle(source, device=group.loading_device))
+    group.place(handle.model)
     results = evaluate(handle, planned, out, settings, Path.cwd())
-    write_json(
-        out / "results.json",
-        {"model": spec, "fingerprint": handle.fingerprint, "tasks": results, "versions": versions(), "machine": machine()},
+    group.once(
+        lambda: write_json(
+            out / "results.json",
+            {"model": spec, "fingerprint": handle.fingerprint, "tasks": results, "versions": versions(), "machine": machine()},
+        )
     )
     return results
 
@@ -774,6 +812,13 @@ def histogram_text(summary: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small parts
+
+
+def _group() -> Group:
+    """The processes of this run; joined on the first call."""
+    from guidetune.engine.distributed import current
+
+    return current()
 
 
 def _teachers(recipe: Recipe) -> list[str]:

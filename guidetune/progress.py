@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from guidetune import processes
+
 _verbosity = 0
 PLAIN_EVERY_S = 10.0
 
@@ -19,8 +21,8 @@ def set_verbosity(level: int) -> None:
 
 
 def say(text: str, level: int = 0) -> None:
-    """A notice on standard error (results go to standard output)."""
-    if _verbosity >= level:
+    """A notice on standard error (results go to standard output); of several processes rank 0 speaks."""
+    if _verbosity >= level and processes.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -58,7 +60,7 @@ class Bar:
 def progress(label: str, total: float | None = None, unit: str = "rows", done: float = 0.0) -> Iterator[Bar]:
     """Show progress of one piece of work; `done` is what an earlier, interrupted attempt had finished."""
     bar = Bar(label, total, unit, done)
-    if _verbosity < 0 or not sys.stderr.isatty():
+    if _verbosity < 0 or processes.rank() or not sys.stderr.isatty():
         yield bar
         return
     from rich.console import Console

@@ -71,13 +71,14 @@ class Forward:
             self._steady = before
 
     @torch.no_grad()
-    def total_nll(self, data: EncodedRows, max_tokens: int) -> tuple[float, int]:
-        """Sum of -log p over all supervised tokens of `data`, and their number; the model's mode is kept."""
+    def total_nll(self, data: EncodedRows, max_tokens: int, indices: np.ndarray | None = None) -> tuple[float, int]:
+        """Sum of -log p over all supervised tokens of `data` (or of some of its rows), and their number; the model's mode is kept."""
         training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
+        chosen = np.arange(len(data)) if indices is None else indices
         with self.steady():
-            for batch in sorted_batches(data, np.arange(len(data)), max_tokens, self.layout, self.device):
+            for batch in sorted_batches(data, chosen, max_tokens, self.layout, self.device):
                 with self.documents(batch):
                     nll = self.nll(batch)
                 total += float(nll.double().sum())

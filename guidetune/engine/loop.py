@@ -16,6 +16,7 @@ import torch
 
 from guidetune.artefacts import derive_seed, write_text_atomic
 from guidetune.data.rows import EncodedRows
+from guidetune.engine import distributed
 from guidetune.engine.batching import MicroBatch, assemble, micro_batches, optimiser_batch, steps_per_epoch
 from guidetune.engine.checkpoint import load_checkpoint, save_checkpoint
 from guidetune.engine.forward import Forward, opened
@@ -25,10 +26,11 @@ from guidetune.guidance.store import Guidance
 from guidetune.objectives.reduce import REDUCERS, scale
 from guidetune.objectives.token_weights import TokenBatch, TokenWeights
 from guidetune.params import Attached
-from guidetune.progress import progress
+from guidetune.progress import progress, say
 
 SIGNAL_EDGES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 CHECKPOINT_SECONDS = 120.0
+BUSY = 0.75  # below this share of the ranks' time a launch is told how to do better
 METRICS = "metrics.jsonl"
 
 
@@ -108,6 +110,9 @@ def fit(
     The loss of an optimiser batch is Σ c ℓ / D over all its micro-batches (see `objectives.reduce`): gradients of Σ c ℓ are
     summed first and divided by D once.
 
+    Launched as several processes, every rank calls this with the same arguments: each takes a part of every optimiser batch, and
+    all return the same weights (see `engine.distributed`).
+
     Raises:
         BadInput: no rows, guidance of other rows, an unknown head.
         RunFailed: the loss or the gradient is not finite; the offending rows are named.
@@ -115,29 +120,40 @@ def fit(
     if not len(rows) or not rows.supervised.sum():
         raise BadInput("there is no supervised token to train on")
     objective = objective or Objective()
+    group = distributed.current()
     model = attached.model
+    group.place(model)
     steps = total_steps(settings, len(rows))
     params = attached.trainable()
     trainable = list(params.values())
-    optimiser = torch.optim.AdamW(attached.param_groups(settings.lr, settings.weight_decay), betas=settings.betas, fused=True)
-    cursor = load_checkpoint(work, params, optimiser)
+    groups = group.optimiser_groups(attached.param_groups(settings.lr, settings.weight_decay))
+    optimiser = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+    cursor = group.agreed(lambda: load_checkpoint(work, params, optimiser))
     state = _State(**cursor) if cursor else _State(signal=np.zeros((len(SIGNAL_EDGES) - 1, 2)).tolist())
-    log = _Metrics(metrics or work / METRICS, state.step)
+    _check_same_place(group, state.step, work)
+    log = _Metrics(metrics or work / METRICS, state.step, writes=group.main)
     layout = None if settings.layout == "auto" else settings.layout
     per_epoch = steps_per_epoch(len(rows), settings.batch)
     model.train()
     began, mark, saved = state.seconds, time.monotonic(), time.monotonic()
 
+    sharded = any(distributed.is_sharded(p) for p in trainable)
+
     def keep() -> None:
+        if not (group.main or sharded):
+            return  # rank 0 has the same weights
         state.seconds = began + time.monotonic() - mark
         log.flush()
         save_checkpoint(work, params, optimiser, state.__dict__)
 
     try:
         with (
+            group.interruptible(),
             opened(model, layout, autocast, settings.gradient_checkpointing is True) as forward,
             progress(label, steps, "steps", state.step) as bar,
         ):
+            if group.size > 1:
+                _tell_idle(group, forward, rows, settings, objective, state.step)
             if validation is not None and state.step == 0:
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:
@@ -148,15 +164,14 @@ def fit(
                 penalty = attached.penalty()
                 if penalty is not None:
                     penalty.backward()
-                norm = _gradient_norm(trainable)
+                norm = group.gradient_norm(trainable)
                 if not math.isfinite(norm):
-                    raise RunFailed(
-                        f"step {state.step + 1}: the gradient is not finite; rows: {', '.join(rows.ids[i] for i in indices[:8])}"
-                    )
+                    bad = f"step {state.step + 1}: the gradient is not finite; rows: {', '.join(rows.ids[i] for i in indices[:8])}"
+                    group.agree(RunFailed(bad))
                 if settings.clip and norm > settings.clip:
-                    torch._foreach_mul_([p.grad for p in trainable if p.grad is not None], settings.clip / norm)
-                for group in optimiser.param_groups:
-                    group["lr"] = lr * group.get("lr_factor", 1.0)
+                    torch._foreach_mul_([distributed.local(p.grad) for p in trainable if p.grad is not None], settings.clip / norm)
+                for options in optimiser.param_groups:
+                    options["lr"] = lr * options.get("lr_factor", 1.0)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 attached.after_step()
@@ -182,18 +197,18 @@ def fit(
                 ):
                     _validate(forward, validation, settings, state, log)
                 every = settings.checkpoint_every
-                if (every and state.step % every == 0) or (not every and time.monotonic() - saved > CHECKPOINT_SECONDS):
+                due = (every and state.step % every == 0) or (not every and time.monotonic() - saved > CHECKPOINT_SECONDS)
+                if group.broadcast(due) if sharded and not every else due:
                     keep()
                     saved = time.monotonic()
-                if stop is not None and stop(state.step):
+                if stop is not None and group.broadcast(stop(state.step)):
                     break
             log.flush()
     except KeyboardInterrupt:
         keep()
         raise
-    for name, p in params.items():
-        if not torch.isfinite(p).all():
-            raise RunFailed(f"{name} is not finite after training; nothing was published")
+    bad = next((name for name, p in params.items() if not torch.isfinite(distributed.local(p)).all()), None)
+    group.agree(RunFailed(f"{bad} is not finite after training; nothing was published") if bad else None)
     dtype = str(forward.head.weight.dtype if autocast is None else autocast).removeprefix("torch.")
     return FitResult(
         steps=state.step,
@@ -226,36 +241,118 @@ def _accumulate(
     forward: Forward, rows: EncodedRows, indices: np.ndarray, settings: TuneSettings, objective: Objective, step: int
 ) -> tuple[float, int, np.ndarray]:
     """Gradients of one optimiser batch, divided by its denominator. Returns loss, tokens, signal per confidence bin."""
-    reduce = REDUCERS[objective.reducer]
-    total, denominator, tokens = 0.0, 0.0, 0
-    signal = np.zeros((len(SIGNAL_EDGES) - 1, 2))
-    for k, group in enumerate(micro_batches(indices, rows.lengths, settings.micro_tokens, forward.layout)):
-        batch = assemble(rows, group, forward.layout, forward.device)
-        with forward.documents(batch):
-            nll = forward.nll(batch, derive_seed(settings.seed, "dropout", step, k))
-            seen = objective.token_batch(batch, nll)
-            w = objective.token_weights(batch, seen)
-            c, share = reduce(w, batch.row, len(group))
-            loss = (c * nll).sum()
-            if not torch.isfinite(loss):
-                bad = sorted({rows.ids[int(group[r])] for r in batch.row[~torch.isfinite(c * nll)].tolist()})
-                raise RunFailed(f"step {step + 1}: the loss is not finite; rows: {', '.join(bad[:8])}")
-            loss.backward()
-        total += float(loss.detach())
-        denominator += share
-        tokens += batch.tokens
-        if seen.teachers:
-            signal += _signal(next(iter(seen.teachers.values())), (w * nll.detach()))
+    group = distributed.current()
+    pieces, owners = _pieces(group, forward, rows, indices, settings, objective)
+    bins = len(SIGNAL_EDGES) - 1
+    table = np.zeros((len(pieces), 3 + 2 * bins))  # per micro-batch: Σ c ℓ, share of D, tokens, signal
+    failure: BaseException | None = None
+    try:
+        for k, real in group.turns(owners):
+            if group.interrupted and not group.lockstep:
+                raise KeyboardInterrupt
+            seed = derive_seed(settings.seed, "dropout", step, k)
+            found = _micro_batch(group, forward, rows, pieces[k], objective, step, seed, real)
+            if real:
+                table[k] = found
+    except (Exception, KeyboardInterrupt) as error:
+        if group.size == 1 or group.lockstep:
+            raise  # in lockstep all have met and agreed already, or cannot meet any more
+        failure = error
+    table = group.total(table, failure)
+    # Summed in the order of the micro-batches, whoever ran them: the same loss and denominator for any number of processes.
+    total, denominator = 0.0, 0.0
+    signal = np.zeros((bins, 2))
+    for row in table:
+        total += row[0]
+        denominator += row[1]
+        signal += row[3:].reshape(bins, 2)
+    params = list(forward.model.parameters())
+    group.sum_gradients(params)
     factor = scale(objective.reducer, denominator)
-    grads = [p.grad for group in (forward.model.parameters(),) for p in group if p.grad is not None]
+    grads = [distributed.local(p.grad) for p in params if p.grad is not None]
     if factor != 1.0:
         torch._foreach_mul_(grads, factor)
-    return total * factor, tokens, signal
+    return total * factor, int(table[:, 2].sum()), signal
 
 
-def _gradient_norm(params: Sequence[torch.Tensor]) -> float:
-    grads = [p.grad for p in params if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))) if grads else 0.0
+def _micro_batch(
+    group: distributed.Group, forward: Forward, rows: EncodedRows, piece: np.ndarray, objective: Objective, step: int, seed: int, real: bool
+) -> np.ndarray:
+    """Forward and backward of one micro-batch: its Σ c ℓ, share of the denominator, tokens and signal, in one vector.
+
+    `real` False: a repetition that keeps this rank in step with the others and adds nothing to the gradient.
+    """
+    batch = assemble(rows, piece, forward.layout, forward.device)
+    with forward.documents(batch):
+        nll = forward.nll(batch, seed)
+        seen = objective.token_batch(batch, nll)
+        w = objective.token_weights(batch, seen)
+        c, share = REDUCERS[objective.reducer](w, batch.row, len(piece))
+        loss = (c * nll).sum() if real else (c * nll).sum() * 0.0
+        failure: BaseException | None = None
+        if not torch.isfinite(loss):
+            bad = sorted({rows.ids[int(piece[r])] for r in batch.row[~torch.isfinite(c * nll)].tolist()})
+            failure = RunFailed(f"step {step + 1}: the loss is not finite; rows: {', '.join(bad[:8])}")
+        if group.lockstep:  # nobody starts a backward pass that another will not join
+            group.agree(KeyboardInterrupt() if group.interrupted else failure)
+        elif failure is not None:
+            raise failure
+        loss.backward()
+    signal = np.zeros((len(SIGNAL_EDGES) - 1, 2))
+    if seen.teachers:
+        signal = _signal(next(iter(seen.teachers.values())), (w * nll.detach()))
+    return np.concatenate([[float(loss.detach()), share, batch.tokens], signal.reshape(-1)])
+
+
+def _pieces(
+    group: distributed.Group, forward: Forward, rows: EncodedRows, indices: np.ndarray, settings: TuneSettings, objective: Objective
+) -> tuple[list[np.ndarray], list[int]]:
+    """The micro-batches of an optimiser batch and the rank of each.
+
+    Where the micro-batches are part of the result (the reducer `micro`, and dropout, whose noise is drawn per micro-batch) they
+    are those of a single process, dealt out by cost. Else the rows are dealt out first, which leaves no rank idle.
+    """
+    if group.size == 1 or objective.reducer == "micro" or _has_dropout(forward.model):
+        pieces = micro_batches(indices, rows.lengths, settings.micro_tokens, forward.layout)
+        owners = [0] * len(pieces) if group.size == 1 else distributed.balanced([float(rows.lengths[p].sum()) for p in pieces], group.size)
+        return pieces, owners
+    of_row = np.array(distributed.balanced(rows.lengths[indices].astype(float), group.size))
+    pieces, owners = [], []
+    for rank in range(group.size):
+        own = micro_batches(indices[of_row == rank], rows.lengths, settings.micro_tokens, forward.layout)
+        pieces += own
+        owners += [rank] * len(own)
+    return pieces, owners
+
+
+def _tell_idle(
+    group: distributed.Group, forward: Forward, rows: EncodedRows, settings: TuneSettings, objective: Objective, step: int
+) -> None:
+    """Say so when the micro-batches of the next optimiser batch cannot keep all ranks busy."""
+    pieces, owners = _pieces(group, forward, rows, optimiser_batch(len(rows), settings.batch, settings.seed, step), settings, objective)
+    load = np.bincount(owners, weights=[float(rows.lengths[p].sum()) for p in pieces], minlength=group.size)
+    if load.mean() < BUSY * load.max():
+        say(
+            f"note: {len(pieces)} micro-batches for {group.size} processes keep them {100 * load.mean() / load.max():.0f} % busy;"
+            f" with dropout or the reducer micro they are not cut for more processes: lower tune.micro_tokens ({settings.micro_tokens})"
+        )
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether some module draws noise while it trains."""
+    names = ("dropout", "attention_dropout", "lora_dropout")
+    return any(
+        (isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0)
+        or any(isinstance(m.__dict__.get(n), float) and m.__dict__[n] > 0 for n in names)
+        for m in model.modules()
+    )
+
+
+def _check_same_place(group: distributed.Group, step: int, work: Path) -> None:
+    """Every rank must have found the same checkpoint."""
+    steps = group.exchange(step)
+    if len(set(steps)) > 1:
+        raise RunFailed(f"the processes found different checkpoints in {work} (steps {steps}); put --out on a disk that all machines share")
 
 
 def _signal(log_confidence: torch.Tensor, weighted: torch.Tensor) -> np.ndarray:
@@ -276,19 +373,42 @@ def _shares(signal: np.ndarray) -> list[dict[str, float]]:
 
 
 def _validate(forward: Forward, data: EncodedRows, settings: TuneSettings, state: _State, log: _Metrics) -> None:
-    total, count = forward.total_nll(data, settings.micro_tokens)
+    total, count = _total_nll(forward, data, settings.micro_tokens)
     entry = {"step": state.step, "validation_loss": total / max(count, 1)}
     state.validation.append(entry)
     log.add(**entry)
 
 
+def _total_nll(forward: Forward, data: EncodedRows, max_tokens: int) -> tuple[float, int]:
+    """`forward.total_nll`, its micro-batches dealt out over the ranks and summed in their order: the same number to the last bit."""
+    group = distributed.current()
+    if group.size == 1:
+        return forward.total_nll(data, max_tokens)
+    pieces = micro_batches(np.arange(len(data)), data.lengths, max_tokens, forward.layout)
+    table = np.zeros((len(pieces), 2))
+    turns = group.turns(distributed.balanced([float(data.lengths[p].sum()) for p in pieces], group.size))
+
+    def own() -> None:
+        for k, real in turns:
+            found = forward.total_nll(data, max_tokens, pieces[k])
+            if real:
+                table[k] = found
+
+    own() if group.lockstep else group.agreed(own)
+    table = group.total(table)
+    total = 0.0
+    for row in table:
+        total += row[0]
+    return total, int(table[:, 1].sum())
+
+
 class _Metrics:
     """metrics.jsonl: appended as the run goes; on resume what lies beyond the checkpoint is dropped."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._pending: list[str] = []
-        if path.exists():
+        if writes and path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -305,7 +425,7 @@ class _Metrics:
             self.flush()
 
     def flush(self) -> None:
-        if self._pending:
+        if self._pending and self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in self._pending))
                 file.flush()

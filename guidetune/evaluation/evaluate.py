@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from guidetune.artefacts import derive_seed, digest_file, fingerprint, stage, write_text_atomic
+from guidetune.engine.distributed import current
 from guidetune.errors import BadInput, RunFailed
 from guidetune.evaluation.results import judge, summarise
 from guidetune.evaluation.statistics import paired
@@ -134,11 +135,18 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
     samples = settings.samples if task.mode == "generate" else 1
     new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens
 
+    group = current()
+
     def build(work: Path) -> dict[str, Any]:
-        store = _Store(work / OUTPUTS)
+        store = _Store(work)
+        group.exchange(None)  # all have read what is there before anyone adds to it
         total = len(planned.items) * samples
         with progress(f"evaluate {planned.label}", total=total, unit="items", done=len(store.done)) as bar:
             ANSWER[task.mode](handle, planned, settings, new_tokens, store, bar)
+        return group.once(lambda: finish(work, store))
+
+    def finish(work: Path, store: _Store) -> dict[str, Any]:
+        store.gather()
         lines, tokens, cut = [], 0, 0
         for item in planned.items:
             outputs = [store.done[item.id, sample] for sample in range(samples)]
@@ -165,7 +173,7 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         key |= {"new_tokens": new_tokens, "samples": samples, "temperature": settings.temperature}
         if settings.temperature > 0:
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
-    done = stage(out / planned.label, key, build)
+    done = group.follow(lambda build: stage(out / planned.label, key, build), build)
     cost = {"seconds": done.seconds, **done.result["cost"]}
     return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
 
@@ -183,22 +191,32 @@ def code_version(task: type[Task]) -> str:
 
 
 class _Store:
-    """Finished outputs of a running evaluation, one JSON line each; what a killed one had written is read back."""
+    """Finished outputs of a running evaluation, one JSON line each; what a killed one had written is read back.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Each of several processes writes a file of its own; all are read by all, whatever their number was.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
         self.done: dict[tuple[str, int], Output] = {}
-        raw = path.read_bytes() if path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]  # a kill may have cut the last line
-        for line in whole.splitlines():
-            row = json.loads(line)
-            key = (row.pop("id"), row.pop("sample"))
-            row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
-            row["windows"] = tuple((nll, count) for nll, count in row["windows"])
-            self.done[key] = Output(**row)
-        self._file = open(path, "wb")
-        self._file.write(whole)
+        rank = current().rank
+        self.path = work / (OUTPUTS if rank == 0 else f"{OUTPUTS}.{rank}")
+        self.gather()
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        self._file = open(self.path, "wb")
+        self._file.write(raw[: raw.rfind(b"\n") + 1])  # a kill may have cut the last line
         self._file.flush()
+
+    def gather(self) -> None:
+        """Read what all processes have written."""
+        for path in sorted(self.work.glob(f"{OUTPUTS}*")):
+            raw = path.read_bytes()
+            for line in raw[: raw.rfind(b"\n") + 1].splitlines():
+                row = json.loads(line)
+                key = (row.pop("id"), row.pop("sample"))
+                row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
+                row["windows"] = tuple((nll, count) for nll, count in row["windows"])
+                self.done[key] = Output(**row)
 
     def add(self, item: Item, output: Output, sample: int = 0) -> None:
         self.done[item.id, sample] = output
@@ -207,7 +225,8 @@ class _Store:
 
     def remove(self) -> None:
         self._file.close()
-        self.path.unlink()
+        for path in self.work.glob(f"{OUTPUTS}*"):
+            path.unlink()
 
     def open_items(self, items: Iterable[Item]) -> list[Item]:
         return [item for item in items if (item.id, 0) not in self.done]
@@ -222,21 +241,26 @@ def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new
     jobs = [(item, s) for item in planned.items for s in range(settings.samples) if (item.id, s) not in store.done]
     asked = list({item.id: item for item, _ in jobs}.values())
     prompts = dict(zip((item.id for item in asked), _prompts(handle, asked), strict=True))
-    completions = generate(
-        handle.model,
-        [prompts[item.id] for item, _ in jobs],
-        max_new_tokens=new_tokens,
-        stop=_stops(handle),
-        batch_tokens=settings.batch_tokens,
-        sampling=sampling,
-        seeds=[derive_seed(settings.seed, "sample", item.id, s) for item, s in jobs] if sampling else None,
-        context=context_length(handle.model),
-        tick=lambda rows, _: bar.advance(rows) if rows else None,
-    )
-    for place, completion in completions:
-        item, sample = jobs[place]
-        text = handle.tokenizer.decode(list(completion.tokens), skip_special_tokens=True)
-        store.add(item, Output(text, len(completion.tokens), completion.finished, completion.cut), sample)
+
+    def answer() -> None:
+        completions = generate(
+            handle.model,
+            [prompts[item.id] for item, _ in jobs],
+            max_new_tokens=new_tokens,
+            stop=_stops(handle),
+            batch_tokens=settings.batch_tokens,
+            sampling=sampling,
+            seeds=[derive_seed(settings.seed, "sample", item.id, s) for item, s in jobs] if sampling else None,
+            context=context_length(handle.model),
+            tick=lambda rows, _: bar.advance(rows) if rows else None,
+        )
+        for place, completion in completions:
+            item, sample = jobs[place]
+            text = handle.tokenizer.decode(list(completion.tokens), skip_special_tokens=True)
+            store.add(item, Output(text, len(completion.tokens), completion.finished, completion.cut), sample)
+
+    group = current()
+    answer() if group.lockstep else group.agreed(answer)
 
 
 def _prompts(handle: ModelHandle, items: Sequence[Item]) -> list[list[int]]:

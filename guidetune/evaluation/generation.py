@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from guidetune.engine.distributed import current
 from guidetune.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def generate(
     context: int | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield `(index of the prompt, Completion)` batch by batch, longest prompts first.
+    """Yield `(index of the prompt, Completion)` batch by batch, longest prompts first; of several processes each does its batches.
 
     Args:
         prompts: token ids, generation prompt included.
@@ -122,7 +123,8 @@ def generate(
     rows.sort(key=lambda row: (-len(row.prompt), row.index))
     stop_ids = frozenset(stop)
     with evaluating(model):
-        for batch in batches(rows, lambda row: len(row.prompt) + row.room, batch_tokens):
+        planned = list(batches(rows, lambda row: len(row.prompt) + row.room, batch_tokens))
+        for batch in current().share(planned, [sum(len(row.prompt) + row.room for row in batch) for batch in planned]):
             done = halving(lambda part: _decode(model, part, stop_ids, sampling, tick), batch)
             yield from ((row.index, completion) for row, completion in zip(batch, done, strict=True))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from guidetune.engine.distributed import current
 from guidetune.errors import BadInput
 from guidetune.evaluation.generation import batches, evaluating, growing_cache, halving, pad_left
 
@@ -107,7 +108,7 @@ def continuation_log_probs(
     """Per document and continuation, the log-probability of each continuation token.
 
     What a document's continuations have in common runs once; the rest runs on its cache. Continuations of one token that share
-    all the rest (lettered choices) cost one forward pass per document and no second one.
+    all the rest (lettered choices) cost one forward pass per document and no second one. Several processes share the batches.
 
     Raises:
         BadInput: a continuation without a token, or without a token before it.
@@ -126,11 +127,16 @@ def continuation_log_probs(
         return prefixes[i] if _single(documents[i], prefixes[i]) else sum(len(choice.ids) for choice in documents[i])
 
     with evaluating(model):
-        for group in batches(order, size, batch_tokens):
+        groups = list(batches(order, size, batch_tokens))
+
+        def score(group: list[int]) -> list[list[list[float]]]:
             found = halving(lambda part: _score_group(scorer, [documents[i] for i in part], [prefixes[i] for i in part]), group)
-            scores.update(zip(group, found, strict=True))
             if tick is not None:
                 tick(len(group), sum(len(choice.ids) - prefixes[i] for i in group for choice in documents[i]))
+            return found
+
+        for group, found in zip(groups, current().dealt(groups, [sum(map(size, g)) for g in groups], score), strict=True):
+            scores.update(zip(group, found, strict=True))
     return [scores[i] for i in range(len(documents))]
 
 
@@ -205,7 +211,8 @@ def target_log_probs(
 ) -> list[list[float]]:
     """Per row, the log-probability of the tokens at the positions `targets[i]` (each >= 1) given all tokens before them.
 
-    Rows are padded on the right, longest first; the head sees only the places that predict a target.
+    Rows are padded on the right, longest first; the head sees only the places that predict a target. Several processes share
+    the batches.
     """
     for number, places in enumerate(targets):
         if not len(places) or any(not 1 <= place < len(rows[number]) for place in places):
@@ -214,11 +221,16 @@ def target_log_probs(
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     scores: dict[int, list[float]] = {}
     with evaluating(model):
-        for group in batches(order, lambda i: len(rows[i]), batch_tokens):
+        groups = list(batches(order, lambda i: len(rows[i]), batch_tokens))
+
+        def score(group: list[int]) -> list[list[float]]:
             found = halving(lambda part: _score_rows(scorer, [rows[i] for i in part], [targets[i] for i in part]), group)
-            scores.update(zip(group, found, strict=True))
             if tick is not None:
                 tick(len(group), sum(len(targets[i]) for i in group))
+            return found
+
+        for group, found in zip(groups, current().dealt(groups, [sum(len(rows[i]) for i in g) for g in groups], score), strict=True):
+            scores.update(zip(group, found, strict=True))
     return [scores[i] for i in range(len(rows))]
 
 

@@ -15,12 +15,14 @@ from torch import nn
 from guidetune.artefacts import read_json, write_json
 from guidetune.data.rows import EncodedRows
 from guidetune.engine.batching import assemble, micro_batches
-from guidetune.engine.forward import opened
+from guidetune.engine.distributed import balanced, current
+from guidetune.engine.forward import Forward, opened
 from guidetune.errors import RunFailed
 from guidetune.guidance.store import FILE, ROWS, offsets, summarise
-from guidetune.progress import progress
+from guidetune.progress import Bar, progress
 
 WINDOW_ROWS = 32_768  # sorted by length together: the longer the runs of equal length, the fewer the attention calls
+SECTION = 16  # micro-batches of one process between two exchanges
 KEEP_SECONDS = 30.0
 DONE = "done.json"
 
@@ -41,27 +43,26 @@ class GuideSettings(BaseModel):
 def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Path, label: str = "guide") -> dict[str, Any]:
     """Write log p of every supervised token of `rows` under `model` into `work`; returns the summary.
 
-    What was finished survives a crash: a second call on the same `work` goes on after it.
+    What was finished survives a crash: a second call on the same `work` goes on after it. Several processes share the
+    micro-batches, which are those of a single process, and rank 0 writes: the file is the same to the last bit.
 
     Raises:
         RunFailed: a log-probability is not a number; the rows are named.
     """
+    group = current()
     at = offsets(rows)
     total = int(at[-1])
-    at.tofile(work / ROWS)
-    path = work / FILE
     training = model.training
     model.eval()
     layout = None if settings.layout == "auto" else settings.layout
+    out = np.zeros(0, np.float16)
     try:
         with torch.inference_mode(), opened(model, layout) as forward, forward.steady():
             # which batches there are depends on these; after a change the window in work starts again
             way = {"batch_tokens": settings.batch_tokens, "layout": forward.layout, "window": WINDOW_ROWS}
-            done, batches = _cursor(work, way) if path.is_file() and path.stat().st_size == 2 * total else (0, 0)
-            if not (done or batches):
-                with open(path, "wb") as file:
-                    file.truncate(2 * total)
-            out = np.memmap(path, dtype=np.float16, mode="r+") if total else np.zeros(0, np.float16)
+            done, batches = group.once(lambda: _begin(work, at, way))
+            if total and group.main:
+                out = np.memmap(work / FILE, dtype=np.float16, mode="r+")
 
             def keep(rows_done: int, batches_done: int) -> None:
                 if total:
@@ -72,26 +73,67 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
             with progress(label, int(rows.lengths.sum()), "tok", int(rows.lengths[:done].sum())) as bar:
                 for first in range(done, len(rows), WINDOW_ROWS):
                     last = min(first + WINDOW_ROWS, len(rows))
-                    groups = micro_batches(np.arange(first, last), rows.lengths, settings.batch_tokens, forward.layout)
-                    bar.advance(int(sum(rows.lengths[g].sum() for g in groups[:batches])))
-                    for k, group in enumerate(groups[batches:], batches):
-                        batch = assemble(rows, group, forward.layout, forward.device)
-                        with forward.documents(batch):
-                            log_prob = -forward.nll(batch).cpu().numpy()
-                        if not np.isfinite(log_prob).all():
-                            bad = {rows.ids[int(batch.rows[r])] for r in batch.row.cpu().numpy()[~np.isfinite(log_prob)]}
-                            raise RunFailed(f"{label}: the teacher's log-probabilities are not finite; rows: {', '.join(sorted(bad)[:8])}")
-                        out[_places(at, group)] = np.minimum(log_prob, 0.0).astype(np.float16)
-                        bar.advance(batch.tokens)
-                        if time.monotonic() - kept > KEEP_SECONDS:
-                            keep(first, k + 1)
+                    pieces = micro_batches(np.arange(first, last), rows.lengths, settings.batch_tokens, forward.layout)
+                    bar.advance(int(sum(rows.lengths[p].sum() for p in pieces[:batches])))
+                    section = SECTION * group.size
+                    for start in range(batches, len(pieces), section):
+                        part = pieces[start : start + section]
+                        for found in group.exchange_with_main(_section(forward, rows, part, label, bar)):
+                            for k, log_prob in found:
+                                out[_places(at, part[k])] = log_prob
+                        if group.main and time.monotonic() - kept > KEEP_SECONDS:
+                            keep(first, start + len(part))
                             kept = time.monotonic()
                     batches = 0
-                    keep(last, 0)
+                    if group.main:
+                        keep(last, 0)
     finally:
         model.train(training)
-    if total:
-        handle = os.open(path, os.O_RDONLY)
+    return group.once(lambda: _end(work, out))
+
+
+def _begin(work: Path, at: np.ndarray, way: dict[str, Any]) -> tuple[int, int]:
+    """Make the files, or find those of an interrupted pass: (rows of finished windows, batches finished in the next one)."""
+    total = int(at[-1])
+    at.tofile(work / ROWS)
+    path = work / FILE
+    done, batches = _cursor(work, way) if path.is_file() and path.stat().st_size == 2 * total else (0, 0)
+    if not (done or batches):
+        with open(path, "wb") as file:
+            file.truncate(2 * total)
+    return done, batches
+
+
+def _section(forward: Forward, rows: EncodedRows, pieces: list[np.ndarray], label: str, bar: Bar) -> list[tuple[int, np.ndarray]]:
+    """(index of the micro-batch, fp16 log p of its targets) for this rank's share of `pieces`."""
+    group = current()
+    owners = balanced([float(rows.lengths[p].sum()) for p in pieces], group.size)
+
+    def own() -> list[tuple[int, np.ndarray]]:
+        found = []
+        for k, real in group.turns(owners):
+            batch = assemble(rows, pieces[k], forward.layout, forward.device)
+            with forward.documents(batch):
+                log_prob = -forward.nll(batch).cpu().numpy()
+            failure = None
+            if not np.isfinite(log_prob).all():
+                bad = {rows.ids[int(batch.rows[r])] for r in batch.row.cpu().numpy()[~np.isfinite(log_prob)]}
+                failure = RunFailed(f"{label}: the teacher's log-probabilities are not finite; rows: {', '.join(sorted(bad)[:8])}")
+            if group.lockstep:
+                group.agree(failure)
+            elif failure is not None:
+                raise failure
+            if real:
+                found.append((k, np.minimum(log_prob, 0.0).astype(np.float16)))
+                bar.advance(batch.tokens * group.size)  # the others keep about the same pace
+        return found
+
+    return own() if group.lockstep else group.agreed(own)
+
+
+def _end(work: Path, out: np.ndarray) -> dict[str, Any]:
+    if len(out):
+        handle = os.open(work / FILE, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
     summary = summarise(out)

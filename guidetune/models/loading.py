@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto`: the GPU where there is one, else Apple's, else the CPU."""
+    """`auto`: the GPU where there is one, else Apple's, else the CPU; the CPU when accelerate was launched with `use_cpu`."""
     import torch
+
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return "cpu"
 
     if device != "auto":
         kind = device.split(":")[0]

@@ -6,7 +6,7 @@ A `Params` describes; `attach(model)` gives an `Attached`: the model to run, its
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,8 +79,11 @@ class Attached:
         """trained − original in fp32, by parameter name of the plain model; only tensors that may differ."""
         raise TypeError(f"{type(self).__name__} does not define delta()")
 
-    def save(self, folder: Path) -> None:
-        """Write the trained part (safetensors and its configuration) into `folder`."""
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the trained part (safetensors and its configuration) into `folder`.
+
+        `state`: the whole model's weights, where the attached model holds only shards of them.
+        """
         raise TypeError(f"{type(self).__name__} does not define save()")
 
     def load(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -100,8 +100,8 @@ class FullAttached(Attached):
     def delta(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().float() - self._original[name].float() for name, p in self.trainable().items()}
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder))
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.model.save_pretrained(str(folder), state_dict=state)
         readable(folder)
 
     def load(self, folder: Path) -> None:
