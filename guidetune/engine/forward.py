@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from guidetune.data.rows import EncodedRows
-from guidetune.engine import attention
+from guidetune.engine import attention, linear
 from guidetune.engine.batching import Layout, MicroBatch, sorted_batches
 from guidetune.engine.head import head_nll, release
-from guidetune.engine.linear import installed as linear_installed
 from guidetune.engine.recompute import recomputed
 from guidetune.engine.stack import Stack, fast_stack
 from guidetune.models.architecture import Parts, check_head, parts, plain
@@ -42,8 +41,9 @@ class Forward:
             recompute = training and self.checkpointing
             seed = seed if training else None
             return self.stack.hidden(batch.input_ids, batch.position_ids, batch.lengths, batch.predicts, seed, recompute, self.leaves)
+        linear.sow(seed if training else None)
         if training and seed is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # for adapters that are not plain LoRA
         masks = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             out = self.head.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **masks)
@@ -105,7 +105,8 @@ def opened(
     with ExitStack() as exits:
         if chosen == "varlen":
             exits.enter_context(attention.installed(inner))
-        exits.enter_context(linear_installed(model.modules()))
+        exits.enter_context(linear.installed(model))
+        exits.callback(linear.sow, None)
         release()
         exits.callback(release)
         exits.enter_context(recomputed(model, checkpointing and stack is None))

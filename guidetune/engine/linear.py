@@ -15,7 +15,9 @@ LoRA: arXiv 2106.09685.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +98,7 @@ class Bundle:
             self._b = [(m.b * m.scale).to(self.dtype) for m in on]
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, noise: torch.Generator | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, noise: Noise | None = None
     ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
         """The outputs y_i [N, out_i], and what `backward` needs besides x. `residual` [N, out] is added to a single output."""
         mask = None
@@ -104,7 +106,7 @@ class Bundle:
         if self._a is not None:
             xd = x
             if self.p and noise is not None:
-                mask = keep_mask(x, self.p, noise)
+                mask = noise.mask(x, self.p)
                 xd = x * mask
             u = xd @ self._a.T
             if mask is not None:
@@ -178,10 +180,51 @@ def add_gradient(grads: Gradients, parameter: torch.Tensor, value: torch.Tensor)
         have += value
 
 
-def keep_mask(x: torch.Tensor, p: float, noise: torch.Generator) -> torch.Tensor:
-    """1 where dropout keeps, 0 where it drops, like x; 16 random bits each, some times faster than torch's bernoulli."""
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=noise)
-    return (bits.view(torch.int16)[: x.numel()].view(x.shape) >= _dropped(p) - 32768).to(x.dtype)
+@dataclass(frozen=True)
+class Noise:
+    """Where a bundle's dropout mask comes from: a function of the micro-batch's seed and the bundle's place in the model.
+
+    So the mask does not depend on the order of drawing: recomputation in the backward pass finds it again, and so does the other
+    way of running the same model. `rows` of `total`: the bundle sees only those rows of the micro-batch.
+    """
+
+    seed: int
+    place: str
+    total: int = 0
+    rows: torch.Tensor | None = None
+
+    def mask(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """1 where dropout keeps, 0 where it drops, like x; 16 random bits each, some times faster than torch's bernoulli."""
+        key = hashlib.blake2b(f"{self.seed}:{self.place}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device=x.device).manual_seed(int.from_bytes(key, "little") >> 1)
+        count = x.numel() if self.rows is None else self.total * x.shape[-1]
+        bits = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+        kept = bits.view(torch.int16)[:count].view(-1, x.shape[-1]) >= _dropped(p) - 32768
+        if self.rows is None:
+            return kept.to(x.dtype)
+        out = torch.zeros_like(x)
+        out[: len(self.rows)] = kept[self.rows].to(x.dtype)
+        return out
+
+
+# q, k and v share a mask, and so do gate and up
+_PARTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
+_PARTS |= {"o_proj": "out", "down_proj": "down"}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
+# The seed of the micro-batch in work; None: no dropout. A module global for the reason given in attention.py.
+_seed: int | None = None
+
+
+def place(name: str) -> str:
+    """The place of a linear layer's mask, from the layer's name."""
+    found = _LAYER.search(name)
+    return f"{found[1]}:{_PARTS.get(found[2], found[2])}" if found else name
+
+
+def sow(seed: int | None) -> None:
+    """Set the seed of the dropout masks of layers run by `installed`."""
+    global _seed
+    _seed = seed
 
 
 def _dropped(p: float) -> int:
@@ -192,7 +235,7 @@ class _LoraLinear(torch.autograd.Function):
     """A bundle of one inside autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bundle: Bundle, noise: torch.Generator | None, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bundle: Bundle, noise: Noise | None, *parameters: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         (y,), saved = bundle.forward(flat, noise=noise)
         ctx.bundle, ctx.saved, ctx.shape = bundle, saved, x.shape
@@ -210,22 +253,21 @@ class _LoraLinear(torch.autograd.Function):
 
 
 @contextmanager
-def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run peft's plain LoRA layers among `modules` through `Bundle` inside the block."""
+def installed(model: nn.Module) -> Iterator[None]:
+    """Run the plain LoRA layers of peft in `model` through `Bundle` inside the block."""
     changed = []
 
-    def patch(module: nn.Module, bundle: Bundle) -> None:
+    def patch(name: str, module: nn.Module) -> None:
         original = module.forward
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args or kwargs or x.dtype != bundle.dtype or module.merged or torch.is_autocast_enabled(x.device.type):
+            # looked at in every pass: a sharded weight is whole only now
+            layer = None if args or kwargs or torch.is_autocast_enabled(x.device.type) else adapted(module)
+            if layer is None or layer.a is None or x.dtype != layer.weight.dtype:
                 return original(x, *args, **kwargs)
+            bundle = Bundle([layer])
             bundle.refresh()
-            noise = None
-            if module.training and bundle.p:
-                # one draw from the global generator seeds this layer's mask: recomputation in backward draws it again
-                seed = int(torch.randint(2**62, ()).item()) if has_contents(x) else 0
-                noise = torch.Generator(device=x.device).manual_seed(seed)
+            noise = Noise(_seed, place(name)) if module.training and bundle.p and _seed is not None else None
             return _LoraLinear.apply(x, bundle, noise, *bundle.parameters())
 
         module.forward = forward
@@ -233,8 +275,7 @@ def installed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(lambda: [m.__dict__.pop("forward", None) for m in changed])
-        for module in modules:
-            layer = adapted(module)
-            if layer is not None and layer.a is not None and "forward" not in module.__dict__:
-                patch(module, Bundle([layer]))
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_A") and "forward" not in module.__dict__:
+                patch(name, module)
         yield

@@ -14,7 +14,6 @@ Attention of short documents is two products and a softmax over all documents of
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidetune.engine import attention
-from guidetune.engine.linear import Adapted, Bundle, Gradients, adapted, add_gradient
+from guidetune.engine.linear import Adapted, Bundle, Gradients, Noise, adapted, add_gradient
 from guidetune.models.architecture import has_contents
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -92,12 +91,11 @@ class Batch:
     rows: torch.Tensor
     seed: int | None
 
-    def noise(self, layer: int, part: str, device: torch.device) -> torch.Generator | None:
+    def noise(self, layer: int, part: str, total: int = 0) -> Noise | None:
+        """`total`: rows of the micro-batch, where the part sees only those that predict a target."""
         if self.seed is None:
             return None
-        # by position, not by order of drawing: recomputation in the backward pass draws the same masks
-        key = hashlib.blake2b(f"{self.seed}:{layer}:{part}".encode(), digest_size=8).digest()
-        return torch.Generator(device=device).manual_seed(int.from_bytes(key, "little") >> 1)
+        return Noise(self.seed, f"{layer}:{part}", total, self.rows if total else None)
 
 
 class Stack:
@@ -149,21 +147,22 @@ class Stack:
 
     def _layer(self, i: int, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """The layer's output and what its backward pass needs."""
-        layer, device = self.layers[i], x.device
+        layer = self.layers[i]
+        last = i == len(self.layers) - 1
+        total = len(x) if last else 0
         n1 = layer.norm1.forward(x)
-        (q, k, v), s_qkv = layer.qkv.forward(n1, noise=batch.noise(i, "qkv", device))
+        (q, k, v), s_qkv = layer.qkv.forward(n1, noise=batch.noise(i, "qkv"))
         q, k, v = (t.view(len(x), -1, layer.head_dim) for t in (q, k, v))
         qn = layer.q_norm.forward(q) if layer.q_norm else q
         kn = layer.k_norm.forward(k) if layer.k_norm else k
         o, s_attention = attention.attend_documents(qn, kn, v, batch.cos, batch.sin, batch.documents, layer.scaling, layer.window)
-        last = i == len(self.layers) - 1
         xr, o = (_selected(x, batch.rows), _selected(o, batch.rows)) if last else (x, o)
-        (x1,), s_out = layer.out.forward(o, residual=xr, noise=batch.noise(i, "out", device))
+        (x1,), s_out = layer.out.forward(o, residual=xr, noise=batch.noise(i, "out", total))
         n2 = layer.norm2.forward(x1)
-        (g, u), s_gate_up = layer.gate_up.forward(n2, noise=batch.noise(i, "gate_up", device))
+        (g, u), s_gate_up = layer.gate_up.forward(n2, noise=batch.noise(i, "gate_up", total))
         h = F.silu(g)
         h *= u
-        (y,), s_down = layer.down.forward(h, residual=x1, noise=batch.noise(i, "down", device))
+        (y,), s_down = layer.down.forward(h, residual=x1, noise=batch.noise(i, "down", total))
         # the inputs of norms whose output is not scaled again are cheap to form once more; q and k are kept only under their own norm
         heads = (q if layer.q_norm else None, k if layer.k_norm else None)
         return y, (n1, heads, o, x1, n2, g, u, s_qkv, s_attention, s_out, s_gate_up, s_down)

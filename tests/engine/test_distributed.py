@@ -117,7 +117,8 @@ def test_two_processes_train_what_one_trains(single: Path, double: Path, variant
     for key in ("loss_first", "loss_last"):
         assert a[key] == pytest.approx(b[key], rel=1e-5)
     assert [v["step"] for v in a["validation"]] == [v["step"] for v in b["validation"]]
-    assert a["validation"][0] == b["validation"][0]  # before any step: the same number to the last bit
+    # before any step; sharded layers run through transformers' modules, whole ones through our own stack
+    assert a["validation"][0]["validation_loss"] == pytest.approx(b["validation"][0]["validation_loss"], rel=1e-6)
     losses = [[v["validation_loss"] for v in m["validation"]] for m in (a, b)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert [s["signal"] for s in a["signal"]] == pytest.approx([s["signal"] for s in b["signal"]], abs=1e-5)

@@ -344,6 +344,7 @@ def test_a_broken_teacher_pass_goes_on_in_the_middle_of_a_window(tmp_path: Path,
 
     rows, model = make_rows(40), tiny_model("llama", vocab=VOCAB, seed=4)
     monkeypatch.setattr(import_module("guidetune.guidance.teach"), "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(import_module("guidetune.guidance.teach"), "SECTION", 2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -394,3 +395,40 @@ def test_int8_linear_layers_are_near_the_exact_ones_and_scale_with_each_token() 
         assert Int8Linear(layer)(x.bfloat16()[None]).dtype == torch.bfloat16
     model = to_int8(tiny_model("qwen2", vocab=VOCAB))
     assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14 and type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_the_stack_by_hand_equals_the_modules_it_replaces_dropout_included(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows()
+    objective = Objective([Gift()], "weights", {"instruct": guidance_for(rows)})
+    found = []
+    for by_hand in (True, False):
+        if not by_hand:
+            monkeypatch.setattr("guidetune.engine.forward.fast_stack", lambda model, backbone: None)
+        attached = lora(tiny_model(family, vocab=VOCAB, seed=0), dropout=0.3)
+        found.append(gradients(attached, rows, np.arange(12), TuneSettings(micro_tokens=64), objective))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-6)
+    close(found[0][1], found[1][1], 3e-6)
+
+
+@pytest.mark.parametrize(("family", "by_hand"), [("llama", True), ("mistral", True), ("gemma2", False), ("olmo2", False)])
+def test_which_models_run_by_hand(family: str, by_hand: bool) -> None:
+    with opened(lora(tiny_model(family, vocab=VOCAB)).model) as forward:
+        assert (forward.stack is not None) == by_hand
+
+
+def test_a_model_that_only_looks_like_a_llama_runs_through_its_modules() -> None:
+    model = tiny_model("llama", vocab=VOCAB)
+    attention = model.model.layers[1].self_attn
+    attention.scaling = attention.scaling * 1.0  # read, so still by hand
+    with opened(model) as forward:
+        assert forward.stack is not None
+    layer = model.model.layers[0]
+    original = type(layer).forward
+    layer.forward = lambda *args, **kwargs: original(layer, *args, **kwargs) * 1.5
+    with opened(model) as forward:
+        assert forward.stack is None
+    del layer.forward
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: out)
+    with opened(model) as forward:
+        assert forward.stack is None
