@@ -92,13 +92,13 @@ def small(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "qwen2"])
 def test_scaled_and_capped_heads(kind: str) -> None:
     model, documents = small(kind), documents_of(6)
-    assert Scorer(model).rebuilt()
+    assert Scorer(model).rebuilt
     assert close(continuation_log_probs(model, documents), model, documents)
 
 
 def test_half_precision_heads_are_rebuilt_too() -> None:
     for kind in ("gemma2", "granite", "cohere", "qwen2"):
-        assert Scorer(small(kind).to(torch.bfloat16)).rebuilt(), kind
+        assert Scorer(small(kind).to(torch.bfloat16)).rebuilt, kind
 
 
 def test_an_unknown_head_is_answered_by_the_model_itself(llama: Any) -> None:
@@ -114,7 +114,7 @@ def test_an_unknown_head_is_answered_by_the_model_itself(llama: Any) -> None:
     model = Odd(plain.config).eval()
     model.load_state_dict(plain.state_dict())
     documents = documents_of(6)
-    assert not Scorer(model).rebuilt()
+    assert not Scorer(model).rebuilt
     assert close(continuation_log_probs(model, documents), model, documents)
     rows = [list(document[0].ids) for document in documents]
     found = target_log_probs(model, rows, [list(range(1, len(row))) for row in rows])
