@@ -65,7 +65,7 @@ def test_single_token_choices_cost_one_forward_per_batch(llama: Any) -> None:
     calls = []
     hook = model.model.register_forward_hook(lambda *_: calls.append(1))
     continuation_log_probs(model, documents_of(10, single=True))
-    assert len(calls) == 1 + 2  # the batch, and the check of the head (the model's own logits, and ours)
+    assert len(calls) == 1 + 4  # the batch, and the checks of the head and of the sharing: two each
     hook.remove()
 
 
