@@ -278,6 +278,9 @@ def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Cont
     documents: list[list[Continuation]] = []
     chats = [[*item.messages, {"role": "assistant", "content": choice}] for item in items if item.messages for choice in item.choices or ()]
     encoded = iter(handle.chat.encode_many(chats) if handle.chat is not None else ())
+    plain = [item for item in items if not item.messages]
+    texts = list(dict.fromkeys(text for item in plain for text in (item.text, *(f"{item.text} {choice}" for choice in item.choices or ()))))
+    ids = dict(zip(texts, handle.tokenizer(texts)["input_ids"], strict=True)) if texts else {}  # one call: most of its cost is the call
     for item in items:
         document = []
         for choice in item.choices or ():
@@ -289,8 +292,7 @@ def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Cont
                 end = max(place for place, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
                 document.append(Continuation(tuple(row.input_ids[:end]), row.prompt_length))
             else:
-                before = handle.tokenizer(item.text)["input_ids"]
-                whole = handle.tokenizer(f"{item.text} {choice}")["input_ids"]
+                before, whole = ids[item.text], ids[f"{item.text} {choice}"]
                 if not before:
                     start = _first_token(handle)
                     before, whole = [start], [start, *whole]

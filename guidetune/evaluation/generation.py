@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 GROW = 64  # tokens of room added when the cache is full
 TURN_AT = 0.85  # finished rows leave, and waiting ones take their places, when the active share of the batch falls below this
+# Tokens of prompts run at a time on a CPU, where larger products leave its cache.
+CPU_TOKENS = 2048
 TOO_LARGE = "a single row does not fit into the device's memory; use a smaller dtype, or lower max_new_tokens"
 
 
@@ -133,9 +135,9 @@ def generate(
                     yield row.index, completion
                 return
             except torch.OutOfMemoryError:
-                if len(decoder.rows) <= 1:
+                if decoder.attempted <= 1:
                     raise RunFailed(TOO_LARGE) from None
-            most = len(decoder.rows) // 2
+            most = decoder.attempted // 2
             rows = [row for row in rows if row.index not in done]
             del decoder
             torch.cuda.empty_cache()
@@ -185,6 +187,7 @@ class _Decoder:
         self.device = model.get_input_embeddings().weight.device
         self.stop = torch.tensor(sorted(set(stop)), dtype=torch.long, device=self.device)
         self.rows: list[_Row] = []
+        self.attempted = 0  # rows of the largest batch tried last
         self.longest = 0
 
     @torch.inference_mode()
@@ -208,7 +211,7 @@ class _Decoder:
                 if active == 0:
                     self.rows = []
                     continue
-                if taken < len(waiting) and self._mergeable() and active <= TURN_AT * capacity:
+                if taken < len(waiting) and mergeable(self.cache) and active <= TURN_AT * capacity:
                     self._keep(keep)
                     group = self._next(waiting, taken, budget, most)
                     if group:
@@ -234,23 +237,10 @@ class _Decoder:
         return group
 
     def _start(self, rows: list[_Row]) -> None:
-        """Run the prompts; the last logits choose the first tokens. Samples of one prompt share its run."""
-        self.rows = rows
-        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-        ids, mask = pad_left(list(place), self.device)
-        self.cache = growing_cache(self.model)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        self.logits = out.logits[:, -1]
-        if bool(torch.isnan(self.logits).any()):
-            raise RunFailed("the model's logits are not numbers (NaN): its weights are damaged, or its dtype is too small for it")
-        if len(place) < len(rows):
-            shared = torch.tensor([place[row.prompt] for row in rows], device=self.device)
-            self.cache.batch_select_indices(shared)
-            self.logits, mask = self.logits[shared], mask[shared]
-        self.width = ids.shape[1]
+        """A batch of these rows alone; the last logits of their prompts choose the first tokens."""
+        self.rows, self.attempted = rows, len(rows)
+        self.cache, mask, self.logits = self._prefill([row.prompt for row in rows])
+        self.width = mask.shape[1]
         self.mask = torch.cat([mask, mask.new_ones(len(rows), self.longest)], dim=1)
         self.position = mask.sum(-1)
         self.count = torch.zeros(len(rows), dtype=torch.long, device=self.device)
@@ -260,6 +250,36 @@ class _Decoder:
         if self.sampling is not None:  # [B, longest + 1]; a row that has finished may draw once more, for nothing
             drawn = np.stack([_uniforms(row.seed, self.longest + 1) for row in rows])
             self.uniforms = torch.from_numpy(drawn).to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        """Cache, mask [B, T] and last logits [B, V] of prompts; samples of one prompt share its run."""
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        groups = [list(place)]
+        if self.device.type == "cpu" and mergeable(growing_cache(self.model)):
+            groups = list(batches(groups[0], len, CPU_TOKENS))
+        parts = [self._run(group) for group in groups]
+        cache, mask, logits = parts[0]
+        if len(parts) > 1:
+            width = max(part[1].shape[1] for part in parts)
+            _join_caches([part[0] for part in parts], width)
+            mask = torch.cat([right_aligned(part[1], width) for part in parts])
+            logits = torch.cat([part[2] for part in parts])
+        if bool(torch.isnan(logits).any()):
+            raise RunFailed("the model's logits are not numbers (NaN): its weights are damaged, or its dtype is too small for it")
+        if len(place) < len(prompts):
+            shared = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+            cache.batch_select_indices(shared)
+            mask, logits = mask[shared], logits[shared]
+        return cache, mask, logits
+
+    def _run(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        ids, mask = pad_left(prompts, self.device)
+        cache = growing_cache(self.model)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return cache, mask, out.logits[:, -1]
 
     def _choose(self) -> tuple[list[int], dict[int, bool]]:
         """Choose each row's next token; the places that finish with it, and whether by a stop token."""
@@ -301,26 +321,35 @@ class _Decoder:
         for name in names:
             setattr(self, name, getattr(self, name)[keep])
 
-    def _mergeable(self) -> bool:
-        return all(type(layer) is GrowingLayer for layer in self.cache.layers)
-
     def _join(self, rows: list[_Row]) -> None:
         """Run new prompts and put them behind the rows in work; columns that no row needs any more go."""
+        self.attempted = len(self.rows) + len(rows)
         new = _Decoder(self.model, (), self.sampling, None)
-        new.device, new.longest = self.device, self.longest
+        new.longest = self.longest
         new._start(rows)
         width = max(int(self.position.max()), new.width)
-        for mine, others in zip(self.cache.layers, new.cache.layers, strict=True):
-            mine.join(others, width)
-        mask = self.mask.new_zeros((len(self.rows) + len(rows), width + self.longest))
-        mask[:, width:] = 1
-        for first, part in ((0, self), (len(self.rows), new)):
-            kept = min(width, part.width)
-            mask[first : first + len(part.rows), width - kept : width] = part.mask[:, part.width - kept : part.width]
-        self.mask, self.width = mask, width
+        _join_caches([self.cache, new.cache], width)
+        mask = torch.cat([right_aligned(part.mask[:, : part.width], width) for part in (self, new)])
+        self.mask, self.width = torch.cat([mask, mask.new_ones(len(mask), self.longest)], dim=1), width
         self.rows = [*self.rows, *rows]
         for name in ["logits", "position", "count", "room", "tokens", "open", *(["uniforms"] if self.sampling else [])]:
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)]))
+
+
+def mergeable(cache: DynamicCache) -> bool:
+    """Whether rows of two such caches can stand in one: every layer keeps all of its columns."""
+    return bool(cache.layers) and all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def _join_caches(caches: Sequence[DynamicCache], width: int) -> None:
+    """Rows of all caches into the first one, right-aligned in `width` columns."""
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layers[0].join(layers[1:], width)
+
+
+def right_aligned(mask: torch.Tensor, width: int) -> torch.Tensor:
+    """The last `width` columns of [B, T]; where it has fewer, zeros before them."""
+    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))
 
 
 def _uniforms(seed: int, count: int) -> np.ndarray:
@@ -397,16 +426,19 @@ class GrowingLayer(DynamicLayer):
             self._buffers = [buffer[indices] for buffer in self._buffers]
             self.keys, self.values = (buffer[..., : self._length, :] for buffer in self._buffers)
 
-    def join(self, other: GrowingLayer, width: int) -> None:
-        """Put the other layer's rows behind these, both right-aligned in `width` columns; what is left of them is cut or empty."""
+    def join(self, others: Sequence[GrowingLayer], width: int) -> None:
+        """Put other layers' rows behind these, all right-aligned in `width` columns; what is left of them is cut or empty."""
+        parts = [self, *others]
         buffers = []
-        for mine, others in zip(self._buffers, other._buffers, strict=True):
-            count = mine.shape[0] + others.shape[0]
+        for states in zip(*(part._buffers for part in parts), strict=True):
+            count = sum(state.shape[0] for state in states)
             # Zeros, not garbage: a masked key weighs nothing, but nothing times NaN is NaN.
-            buffer = mine.new_zeros((count, mine.shape[1], width + GROW, mine.shape[3]))
-            for first, part, length in ((0, mine, self._length), (mine.shape[0], others, other._length)):
-                kept = min(width, length)
-                buffer[first : first + part.shape[0], :, width - kept : width] = part[:, :, length - kept : length]
+            buffer = states[0].new_zeros((count, states[0].shape[1], width + GROW, states[0].shape[3]))
+            first = 0
+            for part, state in zip(parts, states, strict=True):
+                kept = min(width, part._length)
+                buffer[first : first + state.shape[0], :, width - kept : width] = state[:, :, part._length - kept : part._length]
+                first += state.shape[0]
             buffers.append(buffer)
         self._buffers, self._length = buffers, width
         self.keys, self.values = (buffer[..., :width, :] for buffer in buffers)
