@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -25,6 +25,7 @@ from guidetune.progress import Bar, progress
 from guidetune.registry import source_file
 
 if TYPE_CHECKING:
+    from guidetune.evaluation.engines import Engine, Generate
     from guidetune.evaluation.scoring import Continuation
     from guidetune.models.handle import ModelHandle
 
@@ -45,6 +46,9 @@ class EvalSettings(BaseModel):
     top_k: NonNegativeInt = Field(0, description="Sample from this many likeliest tokens; 0: all.")
     seed: NonNegativeInt = Field(0, description="Seed of samples, of item limits and of bootstrap intervals.")
     limit: PositiveInt | None = Field(None, description="At most this many items per task, drawn by the seed.")
+    engine: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="What generates; auto: vLLM where it is installed and there is a GPU, else hf."
+    )
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvalSettings:
@@ -90,6 +94,11 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
         if common and common[0][1] > 1:
             problems.append(f"task {label}: {common[0][1]} items have the id {common[0][0]!r}; name a column of unique ids, or none")
         found.append(Planned(label, task, tuple(items)))
+    if settings.engine == "vllm" and any(one.task.mode == "generate" for one in found):
+        from guidetune.evaluation.engines import vllm_obstacle
+
+        if (obstacle := vllm_obstacle()) is not None:
+            problems.append(f"evaluate.engine: {obstacle}")
     if problems:
         raise BadInput(problems)
     return found
@@ -126,10 +135,16 @@ def evaluate(
         plans = plan(list(tasks), settings, root)  # type: ignore[arg-type]
     if handle.chat is None and (asked := [one.label for one in plans if any(item.messages for item in one.items)]):
         raise BadInput(f"{handle.spec} has no chat template, which {', '.join(asked)} need; give it the instruct model's template")
-    return {one.label: _run(handle, one, Path(out), settings) for one in plans}
+    from guidetune.evaluation.engines import choose, generator
+
+    engine = choose(settings.engine if any(one.task.mode == "generate" for one in plans) else "hf", handle.folder is not None)
+    with generator(handle, engine) as generate:
+        return {one.label: _run(handle, one, Path(out), settings, engine, generate) for one in plans}
 
 
-def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings) -> dict[str, Any]:
+def _run(
+    handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate
+) -> dict[str, Any]:
     task = planned.task
     samples = settings.samples if task.mode == "generate" else 1
     new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens
@@ -138,7 +153,7 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         store = _Store(work / OUTPUTS)
         total = len(planned.items) * samples
         with progress(f"evaluate {planned.label}", total=total, unit="items", done=len(store.done)) as bar:
-            ANSWER[task.mode](handle, planned, settings, new_tokens, store, bar)
+            ANSWER[task.mode](handle, planned, settings, store, bar, new_tokens=new_tokens, generate=generate)
         lines, tokens, cut = [], 0, 0
         for item in planned.items:
             outputs = [store.done[item.id, sample] for sample in range(samples)]
@@ -165,6 +180,8 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         key |= {"new_tokens": new_tokens, "samples": samples, "temperature": settings.temperature}
         if settings.temperature > 0:
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
+        if engine != "hf":
+            key["engine"] = engine
     done = stage(out / planned.label, key, build)
     cost = {"seconds": done.seconds, **done.result["cost"]}
     return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
@@ -213,8 +230,10 @@ class _Store:
         return [item for item in items if (item.id, 0) not in self.done]
 
 
-def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new_tokens: int, store: _Store, bar: Bar) -> None:
-    from guidetune.evaluation.generation import Sampling, context_length, generate
+def _generate(
+    handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, *, new_tokens: int, generate: Generate
+) -> None:
+    from guidetune.evaluation.generation import Sampling, context_length
 
     sampling = None
     if settings.temperature > 0:
@@ -223,7 +242,6 @@ def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new
     asked = list({item.id: item for item, _ in jobs}.values())
     prompts = dict(zip((item.id for item in asked), _prompts(handle, asked), strict=True))
     completions = generate(
-        handle.model,
         [prompts[item.id] for item, _ in jobs],
         max_new_tokens=new_tokens,
         stop=_stops(handle),
@@ -251,7 +269,7 @@ def _stops(handle: ModelHandle) -> list[int]:
     return [handle.tokenizer.eos_token_id] if handle.tokenizer.eos_token_id is not None else []
 
 
-def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
     from guidetune.evaluation.generation import context_length
     from guidetune.evaluation.scoring import continuation_log_probs
 
@@ -328,7 +346,7 @@ def _first_token(handle: ModelHandle) -> int:
     raise BadInput(f"the tokenizer of {handle.spec} has neither BOS nor EOS, so nothing can predict the first token of a text")
 
 
-def _nll(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+def _nll(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
     from guidetune.evaluation.generation import context_length
     from guidetune.evaluation.scoring import target_log_probs
 

@@ -48,7 +48,9 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class _Row:
+class PromptRow:
+    """A prompt that fits: `cut` tokens were removed from it, and its answer has room for `room` tokens."""
+
     index: int
     prompt: tuple[int, ...]
     cut: int
@@ -81,6 +83,24 @@ def cut_middle(ids: Sequence[int], length: int) -> tuple[int, ...]:
         return tuple(ids)
     head = length // 2
     return (*ids[:head], *ids[len(ids) - (length - head) :])
+
+
+def fit_prompts(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, max_new_tokens: int, context: int | None
+) -> list[PromptRow]:
+    """Prompts as rows that leave room for their answers; see `generate`.
+
+    Raises:
+        BadInput: an empty prompt.
+    """
+    rows = []
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise BadInput(f"prompt {index} is empty: there is nothing to continue")
+        kept = tuple(prompt) if context is None else cut_middle(prompt, max(context - max_new_tokens, context // 2, 1))
+        room = max_new_tokens if context is None else min(max_new_tokens, context - len(kept))
+        rows.append(PromptRow(index, kept, len(prompt) - len(kept), room, seeds[index] if seeds is not None else 0))
+    return rows
 
 
 def generate(
@@ -116,13 +136,7 @@ def generate(
         raise ValueError("sampling needs one seed for each prompt")
     if sampling is not None and not (sampling.temperature > 0 and 0 < sampling.top_p <= 1 and sampling.top_k >= 0):
         raise BadInput(f"sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0, not {sampling}")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise BadInput(f"prompt {index} is empty: there is nothing to continue")
-        kept = tuple(prompt) if context is None else cut_middle(prompt, max(context - max_new_tokens, context // 2, 1))
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(kept))
-        rows.append(_Row(index, kept, len(prompt) - len(kept), room, seeds[index] if seeds is not None else 0))
+    rows = fit_prompts(prompts, seeds, max_new_tokens, context)
     rows.sort(key=lambda row: (-len(row.prompt), row.index))
     with evaluating(model):
         most = len(rows)
@@ -186,12 +200,12 @@ class _Decoder:
         self.model, self.sampling, self.tick = model, sampling, tick
         self.device = model.get_input_embeddings().weight.device
         self.stop = torch.tensor(sorted(set(stop)), dtype=torch.long, device=self.device)
-        self.rows: list[_Row] = []
+        self.rows: list[PromptRow] = []
         self.attempted = 0  # rows of the largest batch tried last
         self.longest = 0
 
     @torch.inference_mode()
-    def run(self, rows: list[_Row], budget: int, most: int) -> Iterator[tuple[_Row, Completion]]:
+    def run(self, rows: list[PromptRow], budget: int, most: int) -> Iterator[tuple[PromptRow, Completion]]:
         """Decode all rows, at most `most` and `budget` tokens (rows x longest) at a time."""
         waiting = [row for row in rows if row.room > 0]
         yield from ((row, Completion((), False, row.cut)) for row in rows if row.room <= 0)
@@ -224,9 +238,9 @@ class _Decoder:
                     self._keep(keep)
             self._advance()
 
-    def _next(self, waiting: list[_Row], taken: int, budget: int, most: int) -> list[_Row]:
+    def _next(self, waiting: list[PromptRow], taken: int, budget: int, most: int) -> list[PromptRow]:
         """The waiting rows that still fit beside those in work."""
-        group: list[_Row] = []
+        group: list[PromptRow] = []
         width = max((len(row.prompt) + row.room for row in self.rows), default=0)
         for row in waiting[taken:]:
             width = max(width, len(row.prompt) + row.room)
@@ -236,7 +250,7 @@ class _Decoder:
             group.append(row)
         return group
 
-    def _start(self, rows: list[_Row]) -> None:
+    def _start(self, rows: list[PromptRow]) -> None:
         """A batch of these rows alone; the last logits of their prompts choose the first tokens."""
         self.rows, self.attempted = rows, len(rows)
         self.cache, mask, self.logits = self._prefill([row.prompt for row in rows])
@@ -321,7 +335,7 @@ class _Decoder:
         for name in names:
             setattr(self, name, getattr(self, name)[keep])
 
-    def _join(self, rows: list[_Row]) -> None:
+    def _join(self, rows: list[PromptRow]) -> None:
         """Run new prompts and put them behind the rows in work; columns that no row needs any more go."""
         self.attempted = len(self.rows) + len(rows)
         new = _Decoder(self.model, (), self.sampling, None)
