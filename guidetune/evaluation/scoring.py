@@ -339,14 +339,19 @@ def continuation_log_probs(
         BadInput: a continuation without a token, or without a token before it.
     """
     bundles: list[_Bundle] = []
+    owners: list[list[int]] = []  # the branch of each choice
     for number, document in enumerate(documents):
         if not len(document) or any(not 1 <= choice.start < len(choice.ids) for choice in document):
             raise BadInput(f"document {number}: needs continuations, each with at least one token of context and one of its own")
-        branches = [_Branch(choice.ids, range(choice.start, len(choice.ids))) for choice in document]
+        # Equal options are one branch: rounded apart, their tie would not go to the first.
+        unlike = {choice: i for i, choice in enumerate(dict.fromkeys(document))}
+        owners.append([unlike[choice] for choice in document])
+        branches = [_Branch(choice.ids, range(choice.start, len(choice.ids))) for choice in unlike]
         # Nothing in common is possible too: a tokeniser may merge across the border.
         limit = min(len(branch.ids) for branch in branches) - 1
         bundles.append(_Bundle(branches, len(commonprefix([branch.ids[:limit] for branch in branches]))))
-    return _score(model, bundles, batch_tokens, tick)
+    scores = _score(model, bundles, batch_tokens, tick)
+    return [[branches[i] for i in owner] for branches, owner in zip(scores, owners, strict=True)]
 
 
 def target_log_probs(

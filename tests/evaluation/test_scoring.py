@@ -108,6 +108,13 @@ def test_what_is_shared_runs_once() -> None:
     assert 50 + own - 20 <= ran[-1] <= 50 + own
 
 
+def test_equal_options_have_equal_scores() -> None:
+    context = tuple(range(3, 40))
+    document = [Continuation((*context, *tail), len(context)) for tail in ((50, 51, 52), (60, 61), (50, 51, 52))]
+    first, _, last = continuation_log_probs(tiny_model(), [document])[0]
+    assert first == last
+
+
 def mixing(model: Any) -> Any:
     """A layer that also looks at the token before: causal, but not attention."""
     model.model.layers[0].register_forward_hook(lambda _, args, out: out + 0.5 * torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
