@@ -280,6 +280,9 @@ class Evaluate(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
     top_k: int = Field(0, ge=0, description="Sample from this many likeliest tokens; 0: all.")
     limit: int | None = Field(None, ge=1, description="Items of each task; null: all.")
+    engine: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="What generates; auto: vLLM where it is installed and there is a GPU, else hf."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:

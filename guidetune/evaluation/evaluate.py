@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -26,6 +26,7 @@ from guidetune.progress import Bar, progress
 from guidetune.registry import source_file
 
 if TYPE_CHECKING:
+    from guidetune.evaluation.engines import Engine, Generate
     from guidetune.evaluation.scoring import Continuation
     from guidetune.models.handle import ModelHandle
 
@@ -46,6 +47,9 @@ class EvalSettings(BaseModel):
     top_k: NonNegativeInt = Field(0, description="Sample from this many likeliest tokens; 0: all.")
     seed: NonNegativeInt = Field(0, description="Seed of samples, of item limits and of bootstrap intervals.")
     limit: PositiveInt | None = Field(None, description="At most this many items per task, drawn by the seed.")
+    engine: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="What generates; auto: vLLM where it is installed and there is a GPU, else hf."
+    )
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvalSettings:
@@ -91,6 +95,11 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
         if common and common[0][1] > 1:
             problems.append(f"task {label}: {common[0][1]} items have the id {common[0][0]!r}; name a column of unique ids, or none")
         found.append(Planned(label, task, tuple(items)))
+    if settings.engine == "vllm" and any(one.task.mode == "generate" for one in found):
+        from guidetune.evaluation.engines import vllm_obstacle
+
+        if (obstacle := vllm_obstacle()) is not None:
+            problems.append(f"evaluate.engine: {obstacle}")
     if problems:
         raise BadInput(problems)
     return found
@@ -127,10 +136,16 @@ def evaluate(
         plans = plan(list(tasks), settings, root)  # type: ignore[arg-type]
     if handle.chat is None and (asked := [one.label for one in plans if any(item.messages for item in one.items)]):
         raise BadInput(f"{handle.spec} has no chat template, which {', '.join(asked)} need; give it the instruct model's template")
-    return {one.label: _run(handle, one, Path(out), settings) for one in plans}
+    from guidetune.evaluation.engines import choose, generator
+
+    engine = choose(settings.engine if any(one.task.mode == "generate" for one in plans) else "hf", handle.folder is not None)
+    with generator(handle, engine) as generate:
+        return {one.label: _run(handle, one, Path(out), settings, engine, generate) for one in plans}
 
 
-def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings) -> dict[str, Any]:
+def _run(
+    handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate
+) -> dict[str, Any]:
     task = planned.task
     samples = settings.samples if task.mode == "generate" else 1
     new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens
@@ -142,7 +157,7 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         group.exchange(None)  # all have read what is there before anyone adds to it
         total = len(planned.items) * samples
         with progress(f"evaluate {planned.label}", total=total, unit="items", done=len(store.done)) as bar:
-            ANSWER[task.mode](handle, planned, settings, new_tokens, store, bar)
+            ANSWER[task.mode](handle, planned, settings, store, bar, new_tokens=new_tokens, generate=generate)
         return group.once(lambda: finish(work, store))
 
     def finish(work: Path, store: _Store) -> dict[str, Any]:
@@ -173,6 +188,8 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         key |= {"new_tokens": new_tokens, "samples": samples, "temperature": settings.temperature}
         if settings.temperature > 0:
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
+        if engine != "hf":
+            key["engine"] = engine
     done = group.follow(lambda build: stage(out / planned.label, key, build), build)
     cost = {"seconds": done.seconds, **done.result["cost"]}
     return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
@@ -232,8 +249,10 @@ class _Store:
         return [item for item in items if (item.id, 0) not in self.done]
 
 
-def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new_tokens: int, store: _Store, bar: Bar) -> None:
-    from guidetune.evaluation.generation import Sampling, context_length, generate
+def _generate(
+    handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, *, new_tokens: int, generate: Generate
+) -> None:
+    from guidetune.evaluation.generation import Sampling, context_length
 
     sampling = None
     if settings.temperature > 0:
@@ -241,10 +260,11 @@ def _generate(handle: ModelHandle, planned: Planned, settings: EvalSettings, new
     jobs = [(item, s) for item in planned.items for s in range(settings.samples) if (item.id, s) not in store.done]
     asked = list({item.id: item for item, _ in jobs}.values())
     prompts = dict(zip((item.id for item in asked), _prompts(handle, asked), strict=True))
+    prompt_lengths = [float(len(prompts[item.id]) + new_tokens) for item, _ in jobs]
+    jobs = current().share(jobs, prompt_lengths)
 
     def answer() -> None:
         completions = generate(
-            handle.model,
             [prompts[item.id] for item, _ in jobs],
             max_new_tokens=new_tokens,
             stop=_stops(handle),
@@ -275,7 +295,7 @@ def _stops(handle: ModelHandle) -> list[int]:
     return [handle.tokenizer.eos_token_id] if handle.tokenizer.eos_token_id is not None else []
 
 
-def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
     from guidetune.evaluation.generation import context_length
     from guidetune.evaluation.scoring import continuation_log_probs
 
@@ -302,6 +322,9 @@ def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Cont
     documents: list[list[Continuation]] = []
     chats = [[*item.messages, {"role": "assistant", "content": choice}] for item in items if item.messages for choice in item.choices or ()]
     encoded = iter(handle.chat.encode_many(chats) if handle.chat is not None else ())
+    plain = [item for item in items if not item.messages]
+    texts = list(dict.fromkeys(text for item in plain for text in (item.text, *(f"{item.text} {choice}" for choice in item.choices or ()))))
+    ids = dict(zip(texts, handle.tokenizer(texts)["input_ids"], strict=True)) if texts else {}  # one call: most of its cost is the call
     for item in items:
         document = []
         for choice in item.choices or ():
@@ -313,8 +336,7 @@ def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Cont
                 end = max(place for place, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
                 document.append(Continuation(tuple(row.input_ids[:end]), row.prompt_length))
             else:
-                before = handle.tokenizer(item.text)["input_ids"]
-                whole = handle.tokenizer(f"{item.text} {choice}")["input_ids"]
+                before, whole = ids[item.text], ids[f"{item.text} {choice}"]
                 if not before:
                     start = _first_token(handle)
                     before, whole = [start], [start, *whole]
@@ -350,7 +372,7 @@ def _first_token(handle: ModelHandle) -> int:
     raise BadInput(f"the tokenizer of {handle.spec} has neither BOS nor EOS, so nothing can predict the first token of a text")
 
 
-def _nll(handle: ModelHandle, planned: Planned, settings: EvalSettings, _: int, store: _Store, bar: Bar) -> None:
+def _nll(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
     from guidetune.evaluation.generation import context_length
     from guidetune.evaluation.scoring import target_log_probs
 

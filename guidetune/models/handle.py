@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelHandle:
-    """`chat` is None for a model without a chat template when none was given."""
+    """`chat` is None for a model without a chat template when none was given; `folder` for an adapter on another model's weights."""
 
     spec: str
     model: Any
     tokenizer: Any
     chat: Chat | None
     fingerprint: str
+    folder: Path | None = None
 
     @property
     def device(self) -> Any:
@@ -48,4 +49,4 @@ def open_handle(
     tokenizer = load_tokenizer(source)
     chat = Chat(tokenizer, template) if template or tokenizer.chat_template else None
     model = load_model(source, dtype, device, attention, allow_mismatch)
-    return ModelHandle(source.spec, model, tokenizer, chat, fingerprint(source))
+    return ModelHandle(source.spec, model, tokenizer, chat, fingerprint(source), source.path if source.adapter is None else None)

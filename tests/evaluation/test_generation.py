@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from guidetune.errors import BadInput, RunFailed
+from guidetune.evaluation import generation
 from guidetune.evaluation.generation import Sampling, batches, context_length, cut_middle, draw, evaluating, generate, halving
+from tests.tiny import tiny_model
 
 
 def prompts_of(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
@@ -51,13 +53,51 @@ def test_greedy_equals_model_generate_with_sliding_windows(tokenizer: Any) -> No
     assert collect(model, prompts, stop=stop) == [tuple(reference(model, prompt, 24, stop)) for prompt in prompts]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
+def test_waiting_prompts_join_rows_in_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(family), [[token % 128 for token in prompt] for prompt in prompts_of(14, 1, 40, seed=3)]
+    stop = list(range(40, 50))
+    joined = []
+    join = generation._Decoder._join
+    monkeypatch.setattr(generation._Decoder, "_join", lambda self, rows: (joined.append(len(rows)), join(self, rows))[1])
+    expected = [tuple(reference(model, prompt, 24, stop)) for prompt in prompts]
+    assert collect(model, prompts, stop=stop, batch_tokens=400) == expected
+    # Sliding windows forget columns, so two such batches cannot stand in one.
+    assert bool(joined) == (model.config.get_text_config().to_dict().get("sliding_window") is None)
+
+
+def test_long_prompts_are_run_in_groups_on_a_cpu(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = llama(4), prompts_of(9, 1, 60)
+    whole = collect(model, prompts)
+    monkeypatch.setattr(generation, "CPU_TOKENS", 100)
+    assert collect(model, prompts) == whole
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(llama: Any) -> None:
+    model, prompts = llama(1), prompts_of(7, 1, 20)
+    expected = collect(model, prompts)
+
+    def refuse(_: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["past_key_values"].get_seq_length() > 25 and kwargs["input_ids"].shape[0] > limit:
+            raise torch.OutOfMemoryError
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    limit = 2
+    assert collect(model, prompts) == expected
+    limit = 0
+    with pytest.raises(RunFailed, match="a single row does not fit"):
+        collect(model, prompts)
+    hook.remove()
+
+
 def test_samples_depend_on_their_seed_and_not_on_the_batch(llama: Any) -> None:
     model, prompts = llama(2), prompts_of(5, 2, 20)
     jobs = [prompt for prompt in prompts for _ in range(4)]  # four samples of each prompt share its prefill
     seeds = list(range(len(jobs)))
     sampling = Sampling(temperature=1.0)
     together = collect(model, jobs, sampling=sampling, seeds=seeds)
-    assert together == collect(model, jobs, sampling=sampling, seeds=seeds, batch_tokens=1)
+    for tokens in (1, 150):
+        assert together == collect(model, jobs, sampling=sampling, seeds=seeds, batch_tokens=tokens)
     assert together[7:9] == collect(model, jobs[7:9], sampling=sampling, seeds=seeds[7:9])
     assert len(set(together[:4])) == 4
     assert together != collect(model, jobs, sampling=sampling, seeds=[s + 1 for s in seeds])

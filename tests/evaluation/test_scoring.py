@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from guidetune.errors import BadInput
 from guidetune.evaluation.scoring import Continuation, Scorer, continuation_log_probs, rolling_windows, target_log_probs
+from tests.tiny import ARCHITECTURES, tiny_model
 
 
 @torch.inference_mode()
@@ -53,6 +54,104 @@ def test_order_of_documents_changes_nothing(llama: Any) -> None:
     assert flat[0] == pytest.approx(flat[1], abs=1e-5)
 
 
+def worst(found: list[list[list[float]]], model: Any, documents: list[list[Continuation]]) -> float:
+    """The largest difference to rows one by one; the likeliest choice must be the same."""
+    far = 0.0
+    for scores, document in zip(found, documents, strict=True):
+        expected = [reference(model, list(choice.ids))[choice.start - 1 :] for choice in document]
+        far = max([far, *(abs(a - b) for x, y in zip(scores, expected, strict=True) for a, b in zip(x, y, strict=True))])
+        totals = [[sum(values) for values in side] for side in (scores, expected)]
+        assert totals[0].index(max(totals[0])) == totals[1].index(max(totals[1]))
+    return far
+
+
+def few_shot(count: int, header: int, single: bool, vocab: int = 128, seed: int = 0) -> list[list[Continuation]]:
+    """Questions after a common header, with ragged options or lettered ones."""
+    rng = Random(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, vocab) for _ in range(n))
+
+    first = tokens(header)
+    contexts = [first + tokens(rng.randrange(1, 40)) for _ in range(count)]
+    tails = [[tokens(1 if single else rng.randrange(1, 9)) for _ in range(rng.randrange(2, 6))] for _ in contexts]
+    return [[Continuation(context + tail, len(context)) for tail in options] for context, options in zip(contexts, tails, strict=True)]
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_shared_prefixes_give_what_rows_of_their_own_give(family: str) -> None:
+    model = tiny_model(family)
+    assert Scorer(model).shares
+    for header, single in ((0, False), (0, True), (30, False), (30, True)):
+        documents = few_shot(7, header, single)
+        assert worst(continuation_log_probs(model, documents), model, documents) < 1e-5
+    assert model.config._attn_implementation != "guidetune_prefix"
+
+
+def test_batch_size_changes_only_the_last_bits() -> None:
+    model, documents = tiny_model(), few_shot(12, 20, False)
+    flat = [
+        torch.tensor([v for scores in continuation_log_probs(model, documents, batch_tokens=n) for choice in scores for v in choice])
+        for n in (1, 130, 100_000)
+    ]
+    assert all(torch.allclose(values, flat[0], rtol=1e-6, atol=1e-6) for values in flat[1:])
+
+
+def test_what_is_shared_runs_once() -> None:
+    model, documents = tiny_model(), few_shot(20, 50, False)
+    ran = []
+    hook = model.model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    continuation_log_probs(model, documents)
+    hook.remove()
+    own = sum(document[0].start - 50 + sum(len(choice.ids) - choice.start - 1 for choice in document) for document in documents)
+    # Options may begin alike too: what they share with each other is then part of the prompt.
+    assert 50 + own - 20 <= ran[-1] <= 50 + own
+
+
+def test_equal_options_have_equal_scores() -> None:
+    context = tuple(range(3, 40))
+    document = [Continuation((*context, *tail), len(context)) for tail in ((50, 51, 52), (60, 61), (50, 51, 52))]
+    first, _, last = continuation_log_probs(tiny_model(), [document])[0]
+    assert first == last
+
+
+def mixing(model: Any) -> Any:
+    """A layer that also looks at the token before: causal, but not attention."""
+    model.model.layers[0].register_forward_hook(lambda _, args, out: out + 0.5 * torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
+    return model
+
+
+def test_a_model_that_cannot_share_is_found_out_and_scored_row_by_row() -> None:
+    import transformers as t
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}
+    models = {
+        "declares attention, and mixes neighbours": mixing(tiny_model()),
+        "state space": t.MambaForCausalLM(t.MambaConfig(**sizes)).eval(),
+        "convolutions between attention": t.Lfm2ForCausalLM(
+            t.Lfm2Config(**sizes, **{k: v for k, v in heads.items() if k != "head_dim"}, layer_types=["conv", "full_attention"])
+        ).eval(),
+        "attention sinks": t.GptOssForCausalLM(t.GptOssConfig(**sizes, **heads, num_local_experts=4, sliding_window=8)).eval(),
+        "positions in the scores": t.BloomForCausalLM(t.BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)).eval(),
+    }
+    for why, model in models.items():
+        assert not Scorer(model).shares, why
+        for single in (False, True):
+            documents = few_shot(5, 20, single)
+            assert worst(continuation_log_probs(model, documents, batch_tokens=300), model, documents) < 1e-5, why
+
+
+def test_half_precision_weights_have_an_exact_head() -> None:
+    model = tiny_model()
+    documents = few_shot(6, 20, False)
+    half = model.to(torch.bfloat16)
+    scorer = Scorer(half)
+    assert scorer.shares and scorer.head is not None and scorer.head.weight.dtype == torch.float32
+    assert worst(continuation_log_probs(half, documents), tiny_model().to(torch.bfloat16).float(), documents) < 0.3
+
+
 def test_merged_tokens_at_the_border_are_scored_from_the_right_place(llama: Any) -> None:
     # The second choice differs from the first one before the border: the shared prefix ends there.
     model = llama(1)
@@ -65,7 +164,7 @@ def test_single_token_choices_cost_one_forward_per_batch(llama: Any) -> None:
     calls = []
     hook = model.model.register_forward_hook(lambda *_: calls.append(1))
     continuation_log_probs(model, documents_of(10, single=True))
-    assert len(calls) == 1 + 2  # the batch, and the check of the head (the model's own logits, and ours)
+    assert len(calls) == 1 + 4  # the batch, and the checks of the head and of the sharing: two each
     hook.remove()
 
 
@@ -92,13 +191,13 @@ def small(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "qwen2"])
 def test_scaled_and_capped_heads(kind: str) -> None:
     model, documents = small(kind), documents_of(6)
-    assert Scorer(model).rebuilt()
+    assert Scorer(model).rebuilt
     assert close(continuation_log_probs(model, documents), model, documents)
 
 
 def test_half_precision_heads_are_rebuilt_too() -> None:
     for kind in ("gemma2", "granite", "cohere", "qwen2"):
-        assert Scorer(small(kind).to(torch.bfloat16)).rebuilt(), kind
+        assert Scorer(small(kind).to(torch.bfloat16)).rebuilt, kind
 
 
 def test_an_unknown_head_is_answered_by_the_model_itself(llama: Any) -> None:
@@ -114,7 +213,7 @@ def test_an_unknown_head_is_answered_by_the_model_itself(llama: Any) -> None:
     model = Odd(plain.config).eval()
     model.load_state_dict(plain.state_dict())
     documents = documents_of(6)
-    assert not Scorer(model).rebuilt()
+    assert not Scorer(model).rebuilt
     assert close(continuation_log_probs(model, documents), model, documents)
     rows = [list(document[0].ids) for document in documents]
     found = target_log_probs(model, rows, [list(range(1, len(row))) for row in rows])
@@ -147,8 +246,10 @@ def test_targets_equal_an_unbatched_loop(llama: Any, batch_tokens: int) -> None:
 def test_bad_targets_are_refused(llama: Any) -> None:
     with pytest.raises(BadInput, match="row 0"):
         target_log_probs(llama(), [[5, 6]], [[0]])
-    with pytest.raises(BadInput, match="document 0"):
-        continuation_log_probs(llama(), [[Continuation((5, 6), 2)]])
+    for document in ([Continuation((5, 6), 2)], [Continuation((5, 6), 0)], []):
+        with pytest.raises(BadInput, match="document 0"):
+            continuation_log_probs(llama(), [document])
+    assert continuation_log_probs(llama(), []) == []
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 20))
