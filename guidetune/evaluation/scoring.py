@@ -253,6 +253,7 @@ def _score(
             return found
 
         # several processes share the batches, which are those of a single one
+        groups = list(groups)
         costs = [float(sum(len(branch.ids) for i in part for branch in bundles[i].branches)) for part in groups]
         for part, found in zip(groups, current().dealt(groups, costs, score), strict=True):
             scores.update(zip(part, found, strict=True))
