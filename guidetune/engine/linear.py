@@ -19,7 +19,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,17 @@ def adapted(module: nn.Module | None) -> Adapted | None:
     drop = module.lora_dropout[active[0]]
     p = float(drop.p) if isinstance(drop, nn.Dropout) else 0.0
     return Adapted(module, base.weight, base.bias, a.weight, b.weight, float(module.scaling[active[0]]), p)
+
+
+def draws_by_row(module: nn.Module) -> bool:
+    """Whether a layer's dropout is drawn by `Noise`: a plain LoRA layer of peft, its weight sharded or not."""
+    return (
+        hasattr(module, "lora_A")
+        and type(getattr(module, "base_layer", None)).forward is nn.Linear.forward
+        and len([name for name in module.active_adapters if name in module.lora_A]) <= 1
+        and not getattr(module, "lora_variant", None)
+        and all(layer.bias is None for layer in module.lora_B.values())
+    )
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -182,28 +193,40 @@ def add_gradient(grads: Gradients, parameter: torch.Tensor, value: torch.Tensor)
 
 @dataclass(frozen=True)
 class Noise:
-    """Where a bundle's dropout mask comes from: a function of the micro-batch's seed and the bundle's place in the model.
+    """Where dropout masks come from: each document's is a function of the seed of the step, its row and the layer's place.
 
-    So the mask does not depend on the order of drawing: recomputation in the backward pass finds it again, and so does the other
-    way of running the same model. `rows` of `total`: the bundle sees only those rows of the micro-batch.
+    So a mask depends neither on how rows are laid out in micro-batches and over processes, nor on the order of drawing:
+    recomputation in the backward pass finds it again, and so does the other way of running the same model.
+    rows: the document's rows in the data; lengths; width: of a padded batch, None where documents lie end to end.
+    chosen: the layer sees only these rows of the micro-batch.
     """
 
     seed: int
-    place: str
-    total: int = 0
-    rows: torch.Tensor | None = None
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    width: int | None = None
+    place: str = ""
+    chosen: torch.Tensor | None = None
+
+    def at(self, place: str, chosen: torch.Tensor | None = None) -> Noise:
+        return replace(self, place=place, chosen=chosen)
 
     def mask(self, x: torch.Tensor, p: float) -> torch.Tensor:
-        """1 where dropout keeps, 0 where it drops, like x; 16 random bits each, some times faster than torch's bernoulli."""
-        key = hashlib.blake2b(f"{self.seed}:{self.place}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device=x.device).manual_seed(int.from_bytes(key, "little") >> 1)
-        count = x.numel() if self.rows is None else self.total * x.shape[-1]
-        bits = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-        kept = bits.view(torch.int16)[:count].view(-1, x.shape[-1]) >= _dropped(p) - 32768
-        if self.rows is None:
-            return kept.to(x.dtype)
+        """1 where dropout keeps, 0 where it drops, like x [N, in]; 16 random bits each, some times faster than torch's bernoulli."""
+        size = x.shape[-1]
+        count = sum(self.lengths) if self.width is None else self.width * len(self.rows)
+        mask = x.new_zeros(len(x) if self.chosen is None else count, size)
+        at = 0
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            key = hashlib.blake2b(f"{self.seed}:{row}:{self.place}".encode(), digest_size=8).digest()
+            generator = torch.Generator(device=x.device).manual_seed(int.from_bytes(key, "little") >> 1)
+            bits = torch.empty(-(-length * size // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+            mask[at : at + length] = bits.view(torch.int16)[: length * size].view(length, size) >= _dropped(p) - 32768
+            at += length if self.width is None else self.width
+        if self.chosen is None:
+            return mask
         out = torch.zeros_like(x)
-        out[: len(self.rows)] = kept[self.rows].to(x.dtype)
+        torch.index_select(mask, 0, self.chosen, out=out[: len(self.chosen)])
         return out
 
 
@@ -211,8 +234,8 @@ class Noise:
 _PARTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
 _PARTS |= {"o_proj": "out", "down_proj": "down"}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
-# The seed of the micro-batch in work; None: no dropout. A module global for the reason given in attention.py.
-_seed: int | None = None
+# The noise of the micro-batch in work; None: no dropout. A module global for the reason given in attention.py.
+_noise: Noise | None = None
 
 
 def place(name: str) -> str:
@@ -221,10 +244,10 @@ def place(name: str) -> str:
     return f"{found[1]}:{_PARTS.get(found[2], found[2])}" if found else name
 
 
-def sow(seed: int | None) -> None:
-    """Set the seed of the dropout masks of layers run by `installed`."""
-    global _seed
-    _seed = seed
+def sow(noise: Noise | None) -> None:
+    """Set what the dropout masks of layers run by `installed` are drawn from."""
+    global _noise
+    _noise = noise
 
 
 def _dropped(p: float) -> int:
@@ -267,7 +290,7 @@ def installed(model: nn.Module) -> Iterator[None]:
                 return original(x, *args, **kwargs)
             bundle = Bundle([layer])
             bundle.refresh()
-            noise = Noise(_seed, place(name)) if module.training and bundle.p and _seed is not None else None
+            noise = _noise.at(place(name)) if module.training and bundle.p and _noise is not None else None
             return _LoraLinear.apply(x, bundle, noise, *bundle.parameters())
 
         module.forward = forward

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from guidetune.progress import progress, say
 
 SIGNAL_EDGES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 CHECKPOINT_SECONDS = 120.0
+# Of a thread's share of an optimiser batch: with fewer, threads that share one micro-batch were faster.
+LANE_TOKENS = 256
 BUSY = 0.75  # below this share of the ranks' time a launch is told how to do better
 METRICS = "metrics.jsonl"
 
@@ -242,18 +245,27 @@ def _accumulate(
 ) -> tuple[float, int, np.ndarray]:
     """Gradients of one optimiser batch, divided by its denominator. Returns loss, tokens, signal per confidence bin."""
     group = distributed.current()
-    pieces, owners = _pieces(group, forward, rows, indices, settings, objective)
+    pieces, owners, lanes = _pieces(group, forward, rows, indices, settings, objective)
+    seed = derive_seed(settings.seed, "dropout", step)
     bins = len(SIGNAL_EDGES) - 1
     table = np.zeros((len(pieces), 3 + 2 * bins))  # per micro-batch: Σ c ℓ, share of D, tokens, signal
     failure: BaseException | None = None
-    try:
-        for k, real in group.turns(owners):
+
+    def run(turns: Sequence[tuple[int, bool]], leaves: dict[int, torch.Tensor] | None = None) -> None:
+        for k, real in turns:
             if group.interrupted and not group.lockstep:
                 raise KeyboardInterrupt
-            seed = derive_seed(settings.seed, "dropout", step, k)
-            found = _micro_batch(group, forward, rows, pieces[k], objective, step, seed, real)
+            found = _micro_batch(group, forward, rows, pieces[k], objective, step, seed, real, leaves)
             if real:
                 table[k] = found
+
+    try:
+        turns = group.turns(owners)
+        with forward.steady():
+            if lanes == 1:
+                run(turns)
+            else:
+                _side_by_side(forward, run, turns, lanes)
     except (Exception, KeyboardInterrupt) as error:
         if group.size == 1 or group.lockstep:
             raise  # in lockstep all have met and agreed already, or cannot meet any more
@@ -275,8 +287,43 @@ def _accumulate(
     return total * factor, int(table[:, 2].sum()), signal
 
 
+def _side_by_side(
+    forward: Forward,
+    run: Callable[[Sequence[tuple[int, bool]], dict[int, torch.Tensor]], None],
+    turns: Sequence[tuple[int, bool]],
+    lanes: int,
+) -> None:
+    """Micro-batches on several threads: each collects its own gradients; they are summed in the order of the threads.
+
+    Which micro-batch goes to which thread does not depend on who is ready first, so a run repeats to the last bit.
+    """
+    params = [p for p in forward.model.parameters() if p.requires_grad]
+    shares = [turns[lane::lanes] for lane in range(lanes)]
+    stand_ins = [[p.detach().requires_grad_() for p in params] for share in shares if share]
+
+    def job(share: Sequence[tuple[int, bool]], own: list[torch.Tensor]) -> Callable[[], None]:
+        return lambda: run(share, {id(p): q for p, q in zip(params, own, strict=True)})
+
+    forward.at_once([job(share, own) for share, own in zip((s for s in shares if s), stand_ins, strict=True)])
+    for own in stand_ins:
+        there = [(p, q.grad) for p, q in zip(params, own, strict=True) if q.grad is not None]
+        for p, g in there:
+            if p.grad is None:
+                p.grad = g
+            else:
+                p.grad += g
+
+
 def _micro_batch(
-    group: distributed.Group, forward: Forward, rows: EncodedRows, piece: np.ndarray, objective: Objective, step: int, seed: int, real: bool
+    group: distributed.Group,
+    forward: Forward,
+    rows: EncodedRows,
+    piece: np.ndarray,
+    objective: Objective,
+    step: int,
+    seed: int,
+    real: bool,
+    leaves: dict[int, torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Forward and backward of one micro-batch: its Σ c ℓ, share of the denominator, tokens and signal, in one vector.
 
@@ -284,7 +331,7 @@ def _micro_batch(
     """
     batch = assemble(rows, piece, forward.layout, forward.device)
     with forward.documents(batch):
-        nll = forward.nll(batch, seed)
+        nll = forward.nll(batch, seed, leaves)
         seen = objective.token_batch(batch, nll)
         w = objective.token_weights(batch, seen)
         c, share = REDUCERS[objective.reducer](w, batch.row, len(piece))
@@ -306,46 +353,47 @@ def _micro_batch(
 
 def _pieces(
     group: distributed.Group, forward: Forward, rows: EncodedRows, indices: np.ndarray, settings: TuneSettings, objective: Objective
-) -> tuple[list[np.ndarray], list[int]]:
-    """The micro-batches of an optimiser batch and the rank of each.
+) -> tuple[list[np.ndarray], list[int], int]:
+    """The micro-batches of an optimiser batch, the rank of each, and how many a rank runs at once (consecutive ones).
 
-    Where the micro-batches are part of the result (the reducer `micro`, and dropout, whose noise is drawn per micro-batch) they
-    are those of a single process, dealt out by cost. Else the rows are dealt out first, which leaves no rank idle.
+    Where the micro-batches are part of the result (the reducer `micro`, and noise that is drawn per micro-batch) they are those
+    of a single thread and process, dealt out by cost. Else the rows are dealt out first, which leaves nobody idle.
     """
-    if group.size == 1 or objective.reducer == "micro" or _has_dropout(forward.model):
+    if objective.reducer == "micro" or forward.draws_per_batch:
         pieces = micro_batches(indices, rows.lengths, settings.micro_tokens, forward.layout)
-        owners = [0] * len(pieces) if group.size == 1 else distributed.balanced([float(rows.lengths[p].sum()) for p in pieces], group.size)
-        return pieces, owners
-    of_row = np.array(distributed.balanced(rows.lengths[indices].astype(float), group.size))
+        return pieces, distributed.balanced([float(rows.lengths[p].sum()) for p in pieces], group.size), 1
+    lengths = rows.lengths[indices].astype(float)
+    enough = int(lengths.sum() / group.size) // LANE_TOKENS
+    lanes = 1 if group.lockstep else min(forward.lanes, enough, len(indices) // group.size)
+    # the budget is that of all lanes together; a row must fit into its share
+    if lanes < 2 or lengths.max() > settings.micro_tokens // lanes:
+        lanes = 1
+    of_row = np.array(distributed.balanced(lengths, group.size * lanes))
     pieces, owners = [], []
     for rank in range(group.size):
-        own = micro_batches(indices[of_row == rank], rows.lengths, settings.micro_tokens, forward.layout)
+        columns = [
+            micro_batches(indices[of_row == rank * lanes + lane], rows.lengths, settings.micro_tokens // lanes, forward.layout)
+            for lane in range(lanes)
+        ]
+        # by turns: lane i runs every `lanes`-th
+        own = [piece for turn in zip_longest(*columns) for piece in turn if piece is not None]
         pieces += own
         owners += [rank] * len(own)
-    return pieces, owners
+    return pieces, owners, lanes
 
 
 def _tell_idle(
     group: distributed.Group, forward: Forward, rows: EncodedRows, settings: TuneSettings, objective: Objective, step: int
 ) -> None:
     """Say so when the micro-batches of the next optimiser batch cannot keep all ranks busy."""
-    pieces, owners = _pieces(group, forward, rows, optimiser_batch(len(rows), settings.batch, settings.seed, step), settings, objective)
+    pieces, owners, _ = _pieces(group, forward, rows, optimiser_batch(len(rows), settings.batch, settings.seed, step), settings, objective)
     load = np.bincount(owners, weights=[float(rows.lengths[p].sum()) for p in pieces], minlength=group.size)
     if load.mean() < BUSY * load.max():
         say(
             f"note: {len(pieces)} micro-batches for {group.size} processes keep them {100 * load.mean() / load.max():.0f} % busy;"
-            f" with dropout or the reducer micro they are not cut for more processes: lower tune.micro_tokens ({settings.micro_tokens})"
+            f" with the reducer micro, or dropout outside plain LoRA, they are not cut for more processes:"
+            f" lower tune.micro_tokens ({settings.micro_tokens})"
         )
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    """Whether some module draws noise while it trains."""
-    names = ("dropout", "attention_dropout", "lora_dropout")
-    return any(
-        (isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0)
-        or any(isinstance(m.__dict__.get(n), float) and m.__dict__[n] > 0 for n in names)
-        for m in model.modules()
-    )
 
 
 def _check_same_place(group: distributed.Group, step: int, work: Path) -> None:

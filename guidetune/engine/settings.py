@@ -31,7 +31,7 @@ class TuneSettings(BaseModel):
     )
     layout: Literal["auto", "varlen", "padded"] = Field("auto", description="varlen: no padding, documents isolated; padded: classic.")
     micro_tokens: int = Field(
-        4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result (dropout draws its masks per micro-batch)."
+        4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result."
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="Recompute activations in the backward pass: less memory, more time. auto: when it would not fit without."

@@ -83,19 +83,17 @@ class Layer:
 
 @dataclass
 class Batch:
-    """What the layers of one pass share: documents, rotary tables, rows that predict a target, the seed of the dropout masks."""
+    """What the layers of one pass share: documents, rotary tables, rows that predict a target, where dropout masks come from."""
 
     documents: attention.Documents
     cos: torch.Tensor
     sin: torch.Tensor
     rows: torch.Tensor
-    seed: int | None
+    drawn: Noise | None
 
-    def noise(self, layer: int, part: str, total: int = 0) -> Noise | None:
-        """`total`: rows of the micro-batch, where the part sees only those that predict a target."""
-        if self.seed is None:
-            return None
-        return Noise(self.seed, f"{layer}:{part}", total, self.rows if total else None)
+    def noise(self, layer: int, part: str, last: bool = False) -> Noise | None:
+        """`last`: the part sees only the rows that predict a target."""
+        return None if self.drawn is None else self.drawn.at(f"{layer}:{part}", self.rows if last else None)
 
 
 class Stack:
@@ -119,13 +117,13 @@ class Stack:
         position_ids: torch.Tensor,
         lengths: Sequence[int],
         rows: torch.Tensor,
-        seed: int | None = None,
+        noise: Noise | None = None,
         recompute: bool = False,
         leaves: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Hidden states [n, H] at `rows` after the final norm. input_ids, position_ids: [1, N]; lengths: of the documents.
 
-        seed: of the dropout masks; None: no dropout. recompute: keep only each layer's input for the backward pass.
+        noise: of dropout; None: no dropout. recompute: keep only each layer's input for the backward pass.
         leaves: tensors that stand for parameters (by id) in autograd, so that several threads collect gradients apart.
         """
         n = input_ids.shape[1]
@@ -135,7 +133,7 @@ class Stack:
         x = self.backbone.embed_tokens(input_ids)[0]
         cos, sin = self.backbone.rotary_emb(x[None], position_ids=position_ids)
         documents = attention.Documents(lengths, x.device)
-        batch = Batch(documents, cos[0, :, None].float(), sin[0, :, None].float(), rows, seed if self.dropout else None)
+        batch = Batch(documents, cos[0, :, None].float(), sin[0, :, None].float(), rows, noise if self.dropout else None)
         stand_ins = [p if leaves is None else leaves.get(id(p), p) for p in self.parameters]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stand_ins)):
             h = _StackFunction.apply(x, self, batch, recompute, *stand_ins)
@@ -149,7 +147,6 @@ class Stack:
         """The layer's output and what its backward pass needs."""
         layer = self.layers[i]
         last = i == len(self.layers) - 1
-        total = len(x) if last else 0
         n1 = layer.norm1.forward(x)
         (q, k, v), s_qkv = layer.qkv.forward(n1, noise=batch.noise(i, "qkv"))
         q, k, v = (t.view(len(x), -1, layer.head_dim) for t in (q, k, v))
@@ -157,12 +154,12 @@ class Stack:
         kn = layer.k_norm.forward(k) if layer.k_norm else k
         o, s_attention = attention.attend_documents(qn, kn, v, batch.cos, batch.sin, batch.documents, layer.scaling, layer.window)
         xr, o = (_selected(x, batch.rows), _selected(o, batch.rows)) if last else (x, o)
-        (x1,), s_out = layer.out.forward(o, residual=xr, noise=batch.noise(i, "out", total))
+        (x1,), s_out = layer.out.forward(o, residual=xr, noise=batch.noise(i, "out", last))
         n2 = layer.norm2.forward(x1)
-        (g, u), s_gate_up = layer.gate_up.forward(n2, noise=batch.noise(i, "gate_up", total))
+        (g, u), s_gate_up = layer.gate_up.forward(n2, noise=batch.noise(i, "gate_up", last))
         h = F.silu(g)
         h *= u
-        (y,), s_down = layer.down.forward(h, residual=x1, noise=batch.noise(i, "down", total))
+        (y,), s_down = layer.down.forward(h, residual=x1, noise=batch.noise(i, "down", last))
         # the inputs of norms whose output is not scaled again are cheap to form once more; q and k are kept only under their own norm
         heads = (q if layer.q_norm else None, k if layer.k_norm else None)
         return y, (n1, heads, o, x1, n2, g, u, s_qkv, s_attention, s_out, s_gate_up, s_down)

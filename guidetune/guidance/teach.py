@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +61,8 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
     try:
         with torch.inference_mode(), opened(model, layout) as forward, forward.steady():
             # which batches there are depends on these; after a change the window in work starts again
-            way = {"batch_tokens": settings.batch_tokens, "layout": forward.layout, "window": WINDOW_ROWS}
+            budget = settings.batch_tokens // forward.lanes
+            way = {"batch_tokens": budget, "layout": forward.layout, "window": WINDOW_ROWS}
             done, batches = group.once(lambda: _begin(work, at, way))
             if total and group.main:
                 out = np.memmap(work / FILE, dtype=np.float16, mode="r+")
@@ -73,7 +76,7 @@ def teach(model: nn.Module, rows: EncodedRows, settings: GuideSettings, work: Pa
             with progress(label, int(rows.lengths.sum()), "tok", int(rows.lengths[:done].sum())) as bar:
                 for first in range(done, len(rows), WINDOW_ROWS):
                     last = min(first + WINDOW_ROWS, len(rows))
-                    pieces = micro_batches(np.arange(first, last), rows.lengths, settings.batch_tokens, forward.layout)
+                    pieces = micro_batches(np.arange(first, last), rows.lengths, budget, forward.layout)
                     bar.advance(int(sum(rows.lengths[p].sum() for p in pieces[:batches])))
                     section = SECTION * group.size
                     for start in range(batches, len(pieces), section):
@@ -110,8 +113,16 @@ def _section(forward: Forward, rows: EncodedRows, pieces: list[np.ndarray], labe
     owners = balanced([float(rows.lengths[p].sum()) for p in pieces], group.size)
 
     def own() -> list[tuple[int, np.ndarray]]:
+        if group.lockstep or forward.lanes == 1:
+            return run(group.turns(owners))
+        # on a thread of its own, each with its share of the budget: what is written does not depend on who is ready first
+        turns, lanes = group.turns(owners), min(forward.lanes, len(pieces))
+        jobs = [partial(run, turns[lane::lanes]) for lane in range(lanes) if turns[lane::lanes]]
+        return [one for part in forward.at_once(jobs) for one in part] if jobs else []
+
+    def run(turns: Sequence[tuple[int, bool]]) -> list[tuple[int, np.ndarray]]:
         found = []
-        for k, real in group.turns(owners):
+        for k, real in turns:
             batch = assemble(rows, pieces[k], forward.layout, forward.device)
             with forward.documents(batch):
                 log_prob = -forward.nll(batch).cpu().numpy()
