@@ -827,11 +827,14 @@ def _teachers(recipe: Recipe) -> list[str]:
 
 def _check_bits(arm: Recipe) -> None:
     """Raises BadInput when the machine cannot hold a model in the bits the recipe asks for."""
+    from guidetune.engine.kernels import check_kernels
     from guidetune.models import quantized
     from guidetune.models.loading import pick_device
 
     if arm.guide.dtype == "int8" and _teachers(arm):
         quantized.check_int8(pick_device())
+    if arm.tune is not None:
+        check_kernels(arm.tune.kernels, pick_device())
     if arm.tune is not None and arm.tune.quantize != "none":
         quantized.check_bitsandbytes(pick_device(), f"tune.quantize: {arm.tune.quantize}")
         if not arm.tune.params.frozen_base:

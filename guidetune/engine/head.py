@@ -22,12 +22,14 @@ import torch
 
 from guidetune.models.architecture import Parts, has_contents, transform
 
-CHUNK_ELEMENTS = 8_388_608  # logits held at once: 32 MB in fp32
+CHUNK_ELEMENTS = 8_388_608  # logits held at once on a CPU: 32 MB in fp32
+GPU_CHUNK_ROWS = 2048  # a GPU needs tall products
 
 
-def chunk_rows(vocab: int, rows: int) -> int:
+def chunk_rows(vocab: int, rows: int, device: str = "cpu") -> int:
     """Rows per chunk: chunks of one size, in steps of 16 (a product of a new shape is compiled first, which takes its time)."""
-    chunks = -(-rows // max(16, CHUNK_ELEMENTS // max(vocab, 1)))
+    most = GPU_CHUNK_ROWS if device == "cuda" else max(16, CHUNK_ELEMENTS // max(vocab, 1))
+    chunks = -(-rows // most)
     return -(-rows // chunks // 16) * 16
 
 
@@ -115,7 +117,7 @@ class _HeadNLL(torch.autograd.Function):
         n = h.shape[0]
         nll = torch.empty(n, dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        step = chunk_rows(weight.shape[0], n)
+        step = chunk_rows(weight.shape[0], n, h.device.type)
         with torch.autocast(h.device.type, enabled=False):  # autocast would round an fp32 head to bf16 behind our back
             for a in range(0, n, step):
                 b = min(a + step, n)
@@ -141,7 +143,7 @@ class _HeadNLL(torch.autograd.Function):
             head: Parts = ctx.head
             grad_w = torch.zeros_like(head.weight, dtype=torch.float32)
             grad_b = torch.zeros_like(head.bias, dtype=torch.float32) if head.bias is not None else None
-            step = chunk_rows(head.weight.shape[0], len(y))
+            step = chunk_rows(head.weight.shape[0], len(y), h.device.type)
             for a in range(0, len(y), step):
                 p, _, slope = _softmax(h[a : a + step], y[a : a + step], head)
                 g = _grad_logits(p, y[a : a + step], slope, head).mul_(grad[a : a + step, None])

@@ -17,7 +17,7 @@ import torch
 
 from guidetune.artefacts import derive_seed, write_text_atomic
 from guidetune.data.rows import EncodedRows
-from guidetune.engine import distributed
+from guidetune.engine import distributed, kernels
 from guidetune.engine.batching import MicroBatch, assemble, micro_batches, optimiser_batch, steps_per_epoch
 from guidetune.engine.checkpoint import load_checkpoint, save_checkpoint
 from guidetune.engine.forward import Forward, opened
@@ -152,6 +152,7 @@ def fit(
     try:
         with (
             group.interruptible(),
+            kernels.chosen(model, settings.kernels),
             opened(model, layout, autocast, settings.gradient_checkpointing is True) as forward,
             progress(label, steps, "steps", state.step) as bar,
         ):

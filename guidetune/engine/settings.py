@@ -29,10 +29,11 @@ class TuneSettings(BaseModel):
         "none",
         description="Hold the frozen weights in fewer bits while tuning (GPU, bitsandbytes). The merge is from the 16-bit originals.",
     )
-    layout: Literal["auto", "varlen", "padded"] = Field("auto", description="varlen: no padding, documents isolated; padded: classic.")
-    micro_tokens: int = Field(
-        4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result."
+    kernels: Literal["torch", "compile", "liger"] = Field(
+        "torch", description="GPU only: compile the decoder layers with torch.compile, or use Liger's kernels where they are installed."
     )
+    layout: Literal["auto", "varlen", "padded"] = Field("auto", description="varlen: no padding, documents isolated; padded: classic.")
+    micro_tokens: int = Field(4096, ge=1, description="Token budget of a micro-batch: memory and speed, not the result.")
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="Recompute activations in the backward pass: less memory, more time. auto: when it would not fit without."
     )

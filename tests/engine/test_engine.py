@@ -14,6 +14,7 @@ from guidetune.engine import FitResult, Objective, TuneSettings, fit
 from guidetune.engine.batching import assemble, micro_batches, optimiser_batch
 from guidetune.engine.forward import opened
 from guidetune.engine.loop import _accumulate
+from guidetune.errors import BadInput
 from guidetune.guidance import Guidance, GuideSettings, teach
 from guidetune.guidance.store import offsets
 from guidetune.objectives.reduce import REDUCERS
@@ -432,3 +433,9 @@ def test_a_model_that_only_looks_like_a_llama_runs_through_its_modules() -> None
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: out)
     with opened(model) as forward:
         assert forward.stack is None
+
+
+@pytest.mark.parametrize("kernels", ["compile", "liger"])
+def test_gpu_kernels_are_refused_on_a_cpu(kernels: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"tune.kernels: {kernels} needs a CUDA GPU"):
+        run_fit(tmp_path, TuneSettings(kernels=kernels))

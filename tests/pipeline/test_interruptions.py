@@ -85,9 +85,9 @@ CASES = [
     ("prepare", "guidetune.data.rows:RowWriter.write_many", 1),
     ("guide", "guidetune.engine.forward:head_nll", 1),
     ("tune", "guidetune.engine.loop:_accumulate", 6),
-    ("tune-checkpoint", "guidetune.engine.checkpoint:write_bytes_atomic", 4),
+    ("tune-checkpoint", "guidetune.engine.checkpoint:SafetensorsWriter.write", 40),
     ("transfer", "guidetune.weightspace.apply:_write_update", 5),
-    ("evaluate", "guidetune.evaluation.generation:_decode", 2),
+    ("evaluate", "guidetune.evaluation.generation:_Decoder._advance", 5),
     ("publish-adapter", "guidetune.artefacts:publish", 5),
     ("report", "guidetune.report:write", 1),
 ]
