@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from guidetune.recipe import Evaluate, Recipe
 
 REFERENCE = "instruct"  # the arm every other is compared with
-ENGINE_VERSION = 1  # part of every tune and guide key: raise it when the same inputs give other numbers
+ENGINE_VERSION = 2  # part of every tune and guide key: raise it when the same inputs give other numbers
 NOT_THE_RESULT = {"checkpoint_every", "micro_tokens", "gradient_checkpointing"}  # settings of speed and memory
 LOW_CONFIDENCE, MANY_LOW = 0.3, 0.3
 PAIR_DISTANCE_BYTES = 8_000_000_000

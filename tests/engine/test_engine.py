@@ -14,6 +14,7 @@ from guidetune.engine import FitResult, Objective, TuneSettings, fit
 from guidetune.engine.batching import assemble, micro_batches, optimiser_batch
 from guidetune.engine.forward import opened
 from guidetune.engine.loop import _accumulate
+from guidetune.engine.stack import recognise
 from guidetune.errors import BadInput
 from guidetune.guidance import Guidance, GuideSettings, teach
 from guidetune.guidance.store import offsets
@@ -439,3 +440,43 @@ def test_a_model_that_only_looks_like_a_llama_runs_through_its_modules() -> None
 def test_gpu_kernels_are_refused_on_a_cpu(kernels: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=f"tune.kernels: {kernels} needs a CUDA GPU"):
         run_fit(tmp_path, TuneSettings(kernels=kernels))
+
+
+@pytest.mark.parametrize("reducer", ["weights", "micro"])
+def test_micro_batches_side_by_side_give_the_gradients_of_one_thread(reducer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(24)
+    objective = Objective([Gift()], reducer, {"instruct": guidance_for(rows)})
+    attached = lora(tiny_model("llama", vocab=VOCAB, seed=0), dropout=0.3)
+    settings = TuneSettings(micro_tokens=80)
+    alone = gradients(attached, rows, np.arange(24), settings, objective)
+    monkeypatch.setattr("guidetune.engine.loop.LANE_TOKENS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with opened(attached.model) as forward:
+            assert forward.lanes == 3
+        both = [gradients(attached, rows, np.arange(24), settings, objective) for _ in range(2)]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert both[0][0] == both[1][0] and all(torch.equal(both[0][1][n], both[1][1][n]) for n in both[0][1])
+    assert both[0][0] == pytest.approx(alone[0], rel=2e-6)
+    close(both[0][1], alone[1], 2e-6)
+
+
+def test_an_error_on_one_thread_is_raised_and_names_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from guidetune.errors import RunFailed
+
+    rows = make_rows(24)
+    attached = lora(tiny_model("llama", vocab=VOCAB, seed=0))
+    with torch.no_grad():
+        attached.model.get_base_model().model.embed_tokens.weight[int(rows[3].input_ids[0])] = float("nan")
+    monkeypatch.setattr("guidetune.engine.loop.LANE_TOKENS", 1)
+    monkeypatch.setattr("guidetune.engine.forward.fast_stack", lambda model, backbone: recognise(backbone))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RunFailed, match=r"the loss is not finite; rows: r\d+"):
+            gradients(attached, rows, np.arange(24), TuneSettings(micro_tokens=80), Objective())
+    finally:
+        torch.set_num_threads(threads)

@@ -160,7 +160,7 @@ def dying_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[None]:
             yield
 
 
-BEFORE = ["evaluate=null", "transfer=null", "tune.params.dropout=0.0", "tune.lr=1e-3", "tune.micro_tokens=200"]
+BEFORE = ["evaluate=null", "transfer=null", "tune.params.dropout=0.1", "tune.lr=1e-3", "tune.micro_tokens=200"]
 
 
 @pytest.mark.parametrize("change", ["tune.micro_tokens=40", "tune.gradient_checkpointing=true", "threads"])
