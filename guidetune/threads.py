@@ -1,4 +1,4 @@
-"""Processor threads: use the cores that are ours, and sleep instead of spinning when waiting. And the size of memory pages.
+"""The processor: use the cores that are ours, and sleep instead of spinning when waiting. And the size of memory pages.
 
 Two busy OpenMP pools on the same cores, each spinning while it waits for the other, were measured to slow a training step
 several times over; with sleeping threads the loss is what the sharing costs.
@@ -20,6 +20,15 @@ def available_cores() -> int:
     except (OSError, ValueError):
         pass  # no container, or an older one
     return max(1, cores)
+
+
+def processor_flags() -> frozenset[str]:
+    """The instruction sets that Linux lists for the processor; empty where it cannot be asked."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
 def settle() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+
+from guidetune.threads import processor_flags
 
 # Below this size a step is not dominated by its matrix products, and 16-bit weights were measured to gain nothing.
 SMALL = 20_000_000
@@ -16,11 +16,7 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported()
     if device.startswith("mps"):
         return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return bool(processor_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def frozen_dtype(asked: str, parameters: int, device: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from guidetune.errors import BadInput
+from guidetune.threads import processor_flags
 
 ENGINE = "onednn"
 
@@ -16,11 +16,7 @@ def has_int8() -> bool:
 
     if ENGINE not in torch.backends.quantized.supported_engines:
         return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_vnni" in flags or "avx_vnni" in flags
+    return bool(processor_flags() & {"avx512_vnni", "avx_vnni"})
 
 
 def check_int8(device: str) -> None:
