@@ -5,8 +5,8 @@ For supervised rows h [n, H], W [V, H], targets y [n], one chunk at a time:
     z = transform(h Wᵀ + b),   p = softmax(z) in fp32,   nll = −log p[y],   d nll / d h = ((p − onehot(y)) ⊙ z') W
 
 A 16-bit product rounds its results to two or three digits. So the product starts from −z[y] (formed on its own in fp32): what is
-rounded is the distance of each logit from the target's, near 0 wherever it matters, and −log p keeps a relative error of 2⁻⁹
-at worst where plain 16-bit logits lose whole percents of a confident p. Costs one fill of the chunk; memory: the chunk, once.
+rounded is the distance of each logit from the target's, and −log p is off by at most 2⁻⁸ Σ p_j |z_j − z[y]| in bf16: near nothing
+for a confident p, of which plain 16-bit logits lose whole percents. Costs one fill of the chunk; memory: the chunk, once.
 
 The gradient of every row's nll is formed in the forward pass (two matrix products in all) and scaled by the incoming gradient
 in the backward pass. So token weights may depend on the nll itself (they are detached), and one routine serves weighted and
