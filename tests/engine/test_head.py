@@ -27,7 +27,8 @@ def test_a_16_bit_head_is_off_by_the_rounding_of_distances_from_the_target() -> 
     bound = 2**-8 * (z.softmax(-1) * (z - z.gather(1, targets[:, None])).abs()).sum(-1)
     assert ((got - exact).abs() <= bound + 1e-6).all()
     assert float((got - exact)[:100].abs().mean()) < 0.3 * float((plain - exact)[:100].abs().mean())
-    assert float((torch.expm1(exact - got)[:100]).abs().max()) < 0.004  # of p itself, where the model is sure
+    sure = exact < 0.1
+    assert sure.sum() > 30 and float(torch.expm1(exact - got)[sure].abs().max()) < 0.002  # of p itself
 
 
 def test_a_hopeless_target_has_its_finite_loss() -> None:
