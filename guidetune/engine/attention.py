@@ -322,23 +322,36 @@ def _one(
 ) -> torch.Tensor:
     """Causal attention of documents of one length: [count, H, L, D]."""
     length = q.shape[2]
-    windowed = window is not None and window < length
+    mask = None
+    if window is not None and window < length:
+        i = torch.arange(length, device=q.device)
+        mask = (i[:, None] >= i[None, :]) & (i[:, None] - i[None, :] < window)
+    return masked_attention(q, k, v, mask, scaling, softcap, dropout)
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """softmax(cap · tanh(s q kᵀ / cap)) v over the keys that the bool `mask` allows; causal where there is no mask. [B, H, L, D]."""
     grouped = q.shape[1] != k.shape[1]
-    if softcap is None and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
-    i = torch.arange(length, device=q.device)
-    allowed = i[:, None] >= i[None, :]
-    if windowed:
-        allowed &= i[:, None] - i[None, :] < window
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+        )
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    p = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), dropout, training=dropout > 0)
-    return p @ v
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    p = torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(p, dropout, training=dropout > 0) @ v
 
 
 def supported(model: nn.Module) -> bool:

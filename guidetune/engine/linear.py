@@ -92,7 +92,6 @@ class Bundle:
     def __init__(self, members: Sequence[Adapted]) -> None:
         self.members = list(members)
         self.dtype = self.members[0].weight.dtype
-        self.device = self.members[0].weight.device
         self.p = _dropped(max(m.dropout for m in self.members)) / 65536
         self._a: torch.Tensor | None = None
         self._b: list[torch.Tensor] = []

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from guidetune.engine.attention import masked_attention
 
 NAME = "guidetune_prefix"
 FILL = 0.8  # the least share of real tokens in a block of segments that are padded to one length
@@ -233,7 +234,7 @@ def attend(
         qb = _take(q, block.query_index, block.span, block.count)
         own = block.span if block.mask is None else None  # without a mask the keys are the queries' own places
         kb, vb = (_take(x, block.key_index, own, block.count) for x in (k, v))
-        o = _attention(qb, kb, vb, block.mask_of(sliding_window, _packed.positions), scaling, softcap)
+        o = masked_attention(qb, kb, vb, block.mask_of(sliding_window, _packed.positions), scaling, softcap)
         o = o.transpose(1, 2).reshape(-1, *out.shape[1:])  # [C * Lq, H, D]
         if block.span is not None:
             out[block.span] = o
@@ -248,22 +249,6 @@ def _take(x: torch.Tensor, index: torch.Tensor, span: slice | None, count: int) 
     """[N, H, D] → [C, H, L, D]."""
     rows = x[span] if span is not None else x.index_select(0, index)
     return rows.unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, softcap: float | None
-) -> torch.Tensor:
-    """softmax(cap * tanh(s q kᵀ / cap)) v over the allowed keys; causal where there is no mask."""
-    grouped = q.shape[1] != k.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 @contextmanager

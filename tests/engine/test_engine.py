@@ -421,8 +421,6 @@ def test_which_models_run_by_hand(family: str, by_hand: bool) -> None:
 
 def test_a_model_that_only_looks_like_a_llama_runs_through_its_modules() -> None:
     model = tiny_model("llama", vocab=VOCAB)
-    attention = model.model.layers[1].self_attn
-    attention.scaling = attention.scaling * 1.0  # read, so still by hand
     with opened(model) as forward:
         assert forward.stack is not None
     layer = model.model.layers[0]
