@@ -22,7 +22,7 @@ from guidetune.engine.distributed import balanced
 from guidetune.errors import BadInput
 from tests.conftest import ROOT
 from tests.engine import ranks
-from tests.pipeline.conftest import RECIPE, write_pair, write_rows
+from tests.pipeline.conftest import write_place
 
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))},
@@ -73,12 +73,7 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: flo
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks-pair")
-    write_pair(folder)
-    write_rows(folder / "train.jsonl", 24, 1)
-    write_rows(folder / "test.jsonl", 8, 2)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("ranks-pair"))
 
 
 @pytest.fixture(scope="module")

@@ -73,14 +73,18 @@ evaluate:
 """
 
 
-@pytest.fixture(scope="session")
-def _pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
+def write_place(folder: Path) -> Path:
+    """A pair, rows to train and test on, and the recipe."""
     write_pair(folder)
     write_rows(folder / "train.jsonl", 24, 1)
     write_rows(folder / "test.jsonl", 8, 2)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
