@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
     threads.settle()
     began = time.monotonic()
     group = _group()
-    group.agreed(lambda: _check_place(out))
+    _check_place(out)
     job = _Job(recipe, out, kind)
     job.check(arms)
     job.plan_memory(arms)
@@ -883,20 +884,37 @@ def _shared_stage(shared: Path, folder: Path, key: Mapping[str, Any], build: Cal
 
 
 def _check_place(out: Path) -> None:
-    """Make the run's folder and prove that it can be written to.
+    """Make the run's folder and prove, on every rank, that it can be written to.
 
     Raises:
         BadInput: it cannot.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+
+    def refusing(work: Callable[[], None]) -> Callable[[], None]:
+        def attempt() -> None:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                work()
+            except OSError as error:
+                raise BadInput(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+
+        return attempt
+
+    def sweep() -> None:
         for torn in [*out.glob(".*.part"), *out.glob(".writable-*")]:  # what a kill left of an earlier run
             torn.unlink(missing_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+
+    def probe() -> None:
+        descriptor, name = tempfile.mkstemp(prefix=".writable-", dir=out)
+        try:
+            os.write(descriptor, b"x")
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+
+    group = _group()
+    group.once(refusing(sweep))  # one rank alone: it would take another's probe for something torn
+    group.agreed(refusing(probe))
 
 
 def _release(model: Any) -> None:

@@ -93,9 +93,7 @@ class RowWriter:
         """One row."""
         if len(input_ids) != len(loss_weight):
             raise ValueError(f"row {id}: {len(input_ids)} ids but {len(loss_weight)} loss weights")
-        self.write_many(
-            [id], [source], np.array([len(input_ids)]), np.asarray(input_ids, np.int32), np.asarray(loss_weight, np.float32)
-        )
+        self.write_many([id], [source], np.array([len(input_ids)]), np.asarray(input_ids, np.int32), np.asarray(loss_weight, np.float32))
 
     def write_many(
         self, ids: Sequence[str], sources: Sequence[str], lengths: np.ndarray, input_ids: np.ndarray, loss_weight: np.ndarray

@@ -165,8 +165,15 @@ class Stack:
         return y, (n1, heads, o, x1, n2, g, u, s_qkv, s_attention, s_out, s_gate_up, s_down)
 
     def _layer_backward(
-        self, i: int, dy: torch.Tensor, x: torch.Tensor, saved: tuple[Any, ...], batch: Batch, wanted: frozenset[int],
-        grads: Gradients, need_dx: bool,
+        self,
+        i: int,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        saved: tuple[Any, ...],
+        batch: Batch,
+        wanted: frozenset[int],
+        grads: Gradients,
+        need_dx: bool,
     ) -> torch.Tensor | None:
         """Gradient of the layer's input, fp32 [N, H], from that of its output, fp32 (overwritten)."""
         layer = self.layers[i]

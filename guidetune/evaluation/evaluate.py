@@ -143,9 +143,7 @@ def evaluate(
         return {one.label: _run(handle, one, Path(out), settings, engine, generate) for one in plans}
 
 
-def _run(
-    handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate
-) -> dict[str, Any]:
+def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate) -> dict[str, Any]:
     task = planned.task
     samples = settings.samples if task.mode == "generate" else 1
     new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens

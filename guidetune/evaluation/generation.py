@@ -85,9 +85,7 @@ def cut_middle(ids: Sequence[int], length: int) -> tuple[int, ...]:
     return (*ids[:head], *ids[len(ids) - (length - head) :])
 
 
-def fit_prompts(
-    prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, max_new_tokens: int, context: int | None
-) -> list[PromptRow]:
+def fit_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, max_new_tokens: int, context: int | None) -> list[PromptRow]:
     """Prompts as rows that leave room for their answers; see `generate`.
 
     Raises:

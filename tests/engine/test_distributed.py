@@ -235,6 +235,24 @@ def test_a_comparison_goes_on_after_an_arm_that_failed_on_one_process(place: Pat
     assert out.count("report:") == 1
 
 
+AT_ONCE = """
+import sys
+from pathlib import Path
+from guidetune import pipeline
+for place in sys.argv[1:]:
+    for _ in range(500):
+        pipeline._check_place(Path(place))
+"""
+
+
+def test_two_processes_may_look_at_the_run_folder_at_once(tmp_path: Path) -> None:
+    (tmp_path / "look.py").write_text(AT_ONCE)
+    (tmp_path / "file").write_text("in the way")
+    code, _, error = finish(start([*TORCHRUN, "2", "look.py", "runs/a", "file/a"], tmp_path))
+    assert "cannot write to file/a" in error and "runs/a" not in error, error[-4000:]
+    assert code != 0 and not list((tmp_path / "runs/a").iterdir())
+
+
 @pytest.mark.slow
 def test_killed_with_two_processes_then_finished_with_one(place: Path) -> None:
     command = [sys.executable, "-m", "guidetune", "run", "recipe.yaml", *TIGHT, "--out"]
@@ -255,6 +273,8 @@ def test_ctrl_c_and_sigterm_keep_a_checkpoint_and_end_all(place: Path, sign: sig
     deadline = time.monotonic() + 120
     while not metrics.exists() and launch.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
+    if launch.poll() is not None:  # it ended by itself: show what it said
+        pytest.fail(f"ended before the first step: {finish(launch)}")
     os.kill(launch.pid, sign)  # the launcher passes it on
     code, _, error = finish(launch, 60)
     assert code != 0 and error.count("interrupted. What is finished is kept") == 1, error[-4000:]
