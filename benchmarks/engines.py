@@ -21,6 +21,7 @@ from data import MAX_LENGTH
 from measure import Clock, Window, matmul_limit, peak_rss_mb
 from shapes import ALPHA, RANK, SHAPES, Shape
 
+from guidetune import threads
 from guidetune.errors import BadInput
 
 SEED, LEARNING_RATE, EPOCHS = 0, 2e-4, 3
@@ -360,6 +361,7 @@ ENGINES: dict[str, tuple[str, Callable[[Job], dict[str, Any]]]] = {
     "sft": ("guidetune, plain fine-tuning", guidetune_sft),
     "gift": ("guidetune, GIFT: teacher pass and epochs", guidetune_gift),
 }
+OURS = {guidetune_sft, guidetune_gift}
 
 
 def main() -> None:
@@ -374,6 +376,8 @@ def main() -> None:
     if given.engine == "limit":
         print(json.dumps({"limit": matmul_limit(given.threads, 1.0)}))
         return
+    if ENGINES[given.engine][1] in OURS:
+        threads.settle()  # as every command of guidetune begins; the others keep their own defaults
     try:
         with tempfile.TemporaryDirectory() as scratch:
             job = Job(SHAPES[given.shape], given.folder, Path(scratch), given.warm, given.steps)
