@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,6 +109,7 @@ class TensorFiles:
 
     tensors: dict[str, TensorInfo]
     _handles: dict[Path, int] = field(default_factory=dict, repr=False)
+    _opening: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -127,7 +129,9 @@ class TensorFiles:
         """`length` bytes of a tensor from byte `offset` of it."""
         handle = self._handles.get(info.file)
         if handle is None:
-            handle = self._handles[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            with self._opening:  # one handle, however many threads come at once
+                if (handle := self._handles.get(info.file)) is None:
+                    handle = self._handles[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         buffer = bytearray(length)
         view, done = memoryview(buffer), 0
         while done < length:

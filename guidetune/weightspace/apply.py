@@ -11,7 +11,10 @@ import errno
 import fnmatch
 import json
 import shutil
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -27,13 +30,14 @@ from guidetune.models.fingerprints import fingerprint
 from guidetune.models.pair import check_pair
 from guidetune.models.sources import ModelSource, resolve
 from guidetune.progress import progress, say
+from guidetune.threads import available_cores
 from guidetune.weightspace.rounding import ROUNDINGS, Rounding, judge, round_to
-from guidetune.weightspace.sources import Delta, Difference, LoraDelta, WeightedSum
+from guidetune.weightspace.sources import Delta, Difference, LoraDelta
+from guidetune.weightspace.stages import ranges
 from guidetune.weightspace.store import Entry, SafetensorsWriter, parse_size, plan_shards, shard_names, write_index
 
 REPORT = "transfer.json"
 VERSION = 1  # of the arithmetic and the layout: part of the stage's key
-PIECE_VALUES = 1 << 20  # small enough for the processor's cache
 FULL_VERIFY_BYTES = 2 << 30
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -59,11 +63,8 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
     def pieces(self, entry: Entry) -> list[tuple[int, int]]:
-        """The row ranges a tensor is worked on in: a function of its shape only, so that the result is, too."""
-        rows = entry.shape[0] if entry.shape else 1
-        per_row = max(1, entry.nbytes // max(1, rows) // max(1, torch.empty((), dtype=dtype_of(entry)).element_size()))
-        step = max(1, PIECE_VALUES // per_row)
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        """The row ranges a tensor is worked on in."""
+        return ranges(entry.shape)
 
     def compute(self, entry: Entry, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(W, D, T, Y) for rows [start, stop) of a tensor with an update."""
@@ -157,7 +158,7 @@ def read_folders(delta: Delta) -> list[Path]:
         return [delta.folder, delta.source.path]
     if isinstance(delta, Difference):
         return [source.path for source in delta.sources]
-    return [folder for _, part in delta.parts for folder in read_folders(part)] if isinstance(delta, WeightedSum) else []
+    return [folder for part in delta.members() if part is not delta for folder in read_folders(part)]
 
 
 def check_place(out: Path, inputs: Sequence[Path]) -> None:
@@ -174,8 +175,8 @@ def check_place(out: Path, inputs: Sequence[Path]) -> None:
 
 def check_origin(delta: Delta, target: ModelSource, allow_mismatch: bool) -> list[str]:
     """Does the update come from a sibling of the target? Returns warnings; raises BadInput with the reasons against."""
-    if isinstance(delta, WeightedSum):
-        return [warning for _, part in delta.parts for warning in check_origin(part, target, allow_mismatch)]
+    if delta.members() != [delta]:
+        return [warning for part in delta.members() for warning in check_origin(part, target, allow_mismatch)]
     problems, warnings = [], []
     if isinstance(delta, LoraDelta):
         source = delta.source
@@ -309,7 +310,7 @@ def _write_stage(
         _check_space(out, total)
     try:
         result = artefacts.stage(out, key, lambda work: _build(plan, source, work, shards, dtype, verify, rows))
-    except RunFailed:
+    except (BadInput, RunFailed):
         _free(out)
         raise
     except OSError as error:
@@ -399,30 +400,63 @@ def _build(
 
 
 def _write_weights(plan: Plan, work: Path, shards: list[list[Entry]]) -> dict[str, Rounding]:
+    """Every tensor to its place, several at a time: a tensor is one thread's, so neither their number nor their order shows."""
     rounding: dict[str, Rounding] = {}
     total = sum(entry.nbytes for entry in plan.entries)
-    with progress("transfer", total=total / 1e6, unit="MB") as bar:
-        for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            with SafetensorsWriter(work / name, shard) as writer:
-                for entry in shard:
-                    if entry.name in plan.update_of:
-                        rounding[entry.name] = _write_update(plan, entry, writer)
-                    elif plan.converts(entry):
-                        _write_converted(plan, entry, writer)
-                    else:
-                        offset = 0
-                        for piece in plan.target.raw(plan.stored_from[entry.name]):
-                            writer.write(entry.name, offset, piece)
-                            offset += len(piece)
-                    bar.advance(entry.nbytes / 1e6)
+    names = shard_names(len(shards))
+    plan.delta.begin()
+    before = torch.get_num_threads()
+    stop = threading.Event()
+    with ExitStack() as exits:
+        bar = exits.enter_context(progress("transfer", total=total / 1e6, unit="MB"))
+        writers = [exits.enter_context(SafetensorsWriter(work / name, shard)) for name, shard in zip(names, shards, strict=True)]
+        jobs = [(entry, writer) for writer, shard in zip(writers, shards, strict=True) for entry in shard]
+        jobs.sort(key=lambda job: -job[0].nbytes)  # the largest first: nobody is left alone with it at the end
+        exits.callback(torch.set_num_threads, before)
+        # two threads inside every small operation cost more than they bring
+        pool = exits.enter_context(ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,)))
+        futures = {pool.submit(_write_tensor, plan, entry, writer, stop): entry for entry, writer in jobs}
+        try:
+            for future in as_completed(futures):
+                entry = futures[future]
+                if (sums := future.result()) is not None:
+                    rounding[entry.name] = sums
+                bar.advance(entry.nbytes / 1e6)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     write_index(work, shards)
-    return rounding
+    return {entry.name: rounding[entry.name] for shard in shards for entry in shard if entry.name in rounding}
 
 
-def _write_update(plan: Plan, entry: Entry, writer: SafetensorsWriter) -> Rounding:
+def _write_tensor(plan: Plan, entry: Entry, writer: SafetensorsWriter, stop: threading.Event) -> Rounding | None:
+    if entry.name in plan.update_of:
+        try:
+            return _write_update(plan, entry, writer, stop)
+        finally:
+            plan.delta.done(plan.update_of[entry.name])
+    if plan.converts(entry):
+        _write_converted(plan, entry, writer, stop)
+        return None
+    offset = 0
+    for piece in plan.target.raw(plan.stored_from[entry.name]):
+        _go_on(stop)
+        writer.write(entry.name, offset, piece)
+        offset += len(piece)
+    return None
+
+
+def _go_on(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise RunFailed("stopped")  # another thread has the reason
+
+
+def _write_update(plan: Plan, entry: Entry, writer: SafetensorsWriter, stop: threading.Event) -> Rounding:
     sums, offset = Rounding(), 0
-    for start, stop in plan.pieces(entry):
-        w, d, t, y = plan.compute(entry, start, stop)
+    for first, end in plan.pieces(entry):
+        _go_on(stop)
+        w, d, t, y = plan.compute(entry, first, end)
         sums.add(w, d, t, y)
         if not sums.finite:
             _check_range(entry, t, y)
@@ -432,10 +466,11 @@ def _write_update(plan: Plan, entry: Entry, writer: SafetensorsWriter) -> Roundi
     return sums
 
 
-def _write_converted(plan: Plan, entry: Entry, writer: SafetensorsWriter) -> None:
+def _write_converted(plan: Plan, entry: Entry, writer: SafetensorsWriter, stop: threading.Event) -> None:
     offset = 0
-    for start, stop in plan.pieces(entry):
-        w = plan.target.rows(plan.stored_from[entry.name], start, stop)
+    for first, end in plan.pieces(entry):
+        _go_on(stop)
+        w = plan.target.rows(plan.stored_from[entry.name], first, end)
         y = w.to(dtype_of(entry))
         _check_range(entry, w, y)
         data = _bytes(y)

@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
 
+from guidetune import registry
 from guidetune.artefacts import StageResult
 from guidetune.errors import BadInput
+from guidetune.models.checkpoint import Checkpoint
+from guidetune.models.sources import resolve
 from guidetune.weightspace.apply import transfer
-from guidetune.weightspace.sources import Delta, Difference, LoraDelta, WeightedSum
+from guidetune.weightspace.merged import Merged
+from guidetune.weightspace.sources import Delta, Difference, LoraDelta
+from guidetune.weightspace.stages import Preset
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -43,26 +48,8 @@ class ModelSource(Part):
     """A full model minus the model it was tuned from."""
 
     model: str = Field(description="The tuned model.")
-    minus: str = Field(description="The model it was tuned from.")
+    minus: str | None = Field(None, description="The model it was tuned from; null: the anchor.")
     include: str | list[str] | None = Field(None, description="'projections', or glob patterns of parameter names; default all.")
-
-
-class Sum(BaseModel):
-    """anchor + sum_i weight_i delta_i."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    method: Literal["sum"] = "sum"
-
-
-class TaskArithmetic(BaseModel):
-    """anchor + scale * sum_i weight_i delta_i (arXiv 2212.04089)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    method: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: Finite = Field(1.0, description="One factor for the summed deltas.")
-
-
-METHODS = {"sum": Sum, "task_arithmetic": TaskArithmetic}
 
 
 def _kind(value: Any) -> str | None:
@@ -71,6 +58,24 @@ def _kind(value: Any) -> str | None:
     return "adapter" if isinstance(value, AdapterSource) else "model"
 
 
+def _method(value: Any) -> Preset:
+    """`ties` or `{method: ties, density: 0.3}`; faults become those of the plan, each with its own place."""
+    spec = {"method": value} if isinstance(value, str) else value
+    if isinstance(spec, Preset):
+        return spec
+    if not isinstance(spec, dict) or not isinstance(spec.get("method"), str):
+        given = spec.get("method") if isinstance(spec, dict) else spec
+        raise ValueError(f"method is the name of a merge method, not {type(given).__name__}")
+    name, known = spec["method"], registry.names("weightspace")
+    if name not in known:
+        raise ValueError(f"no merge method {name!r}{registry.nearest(name, known)}")
+    try:
+        return registry.build("weightspace", spec)
+    except BadInput as error:
+        raise ValueError("; ".join(error.problems)) from None
+
+
+Method = Annotated[registry.Method, BeforeValidator(_method), PlainSerializer(lambda method: method.spec())]
 Source = Annotated[Annotated[AdapterSource, Tag("adapter")] | Annotated[ModelSource, Tag("model")], Discriminator(_kind)]
 
 
@@ -80,27 +85,12 @@ class MergePlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
     sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
-    method: Sum | TaskArithmetic = Field(default_factory=Sum, description="How the deltas are combined.")
+    method: Method = Field("sum", validate_default=True, description="How the deltas are combined (kind weightspace).")
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard: int | str = "5GB"
     seed: int = 0
     allow_mismatch: bool = Field(False, description="Write even when models do not fit together.")
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _method(cls, value: Any) -> Any:
-        options = {"method": value} if isinstance(value, str) else value
-        if not isinstance(options, dict) or "method" not in options:
-            return value
-        name = options["method"]
-        if not isinstance(name, str):
-            raise ValueError(f"method is the name of a merge method, not {type(name).__name__}")
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(METHODS)}"
-            raise ValueError(f"no merge method {name!r}; {hint}")
-        return METHODS[name].model_validate(options)
 
 
 def load_plan(path: str | Path) -> MergePlan:
@@ -144,16 +134,21 @@ def merge(
             if isinstance(part, AdapterSource):
                 deltas.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
             else:
-                deltas.append((part.weight, Difference(part.model, part.minus, part.include)))
+                deltas.append((part.weight, Difference(part.model, part.minus or plan.anchor, part.include)))
         except BadInput as error:
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    # A single delta is applied as itself: its check on probe texts then goes through peft.
-    scale = plan.method.scale if isinstance(plan.method, TaskArithmetic) else 1.0
-    delta: Delta = WeightedSum(deltas)
-    if len(deltas) == 1:
-        scale, delta = scale * deltas[0][0], deltas[0][1]
+    preset = plan.method
+    assert isinstance(preset, Preset)
+    stages = preset.stages()
+    anchor = Checkpoint(resolve(plan.anchor).path)
+    scale, delta = 1.0, None
+    if len(deltas) == 1 and stages.plain:  # applied as itself: its check on probe texts then goes through peft
+        weight, delta = deltas[0]
+        scale = weight * stages.factor
+    else:
+        delta = Merged(preset, deltas, anchor, plan.seed)
     try:
         return transfer(
             delta,
@@ -170,6 +165,7 @@ def merge(
         )
     finally:
         delta.close()
+        anchor.close()
 
 
 def _place(spec: str, root: Path) -> str:
@@ -185,7 +181,7 @@ def _beside(part: AdapterSource | ModelSource, root: Path) -> AdapterSource | Mo
 
 def _faults(error: ValidationError, root: yaml.Node | None, name: str) -> Iterator[str]:
     for fault in error.errors():
-        loc = tuple(step for step in fault["loc"] if step not in ("Sum", "TaskArithmetic"))
+        loc = tuple(fault["loc"])
         if len(loc) > 2 and loc[0] == "sources":
             loc = loc[:2] + loc[3:]  # without the tag of the union
         line, path = _line(root, loc), ".".join(str(step) for step in loc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,16 @@ class Delta(ABC):
     def checks(self) -> list[str]:
         """Faults of the update itself, such as values that are not finite."""
         return []
+
+    def members(self) -> list[Delta]:
+        """The updates this one is made of: itself, unless it joins several."""
+        return [self]
+
+    def begin(self) -> None:  # noqa: B027 (nothing to prepare here)
+        """Called once before `rows` is called from several threads."""
+
+    def done(self, name: str) -> None:  # noqa: B027 (nothing is held here)
+        """No more rows of this parameter are wanted for now."""
 
     def close(self) -> None:  # noqa: B027 (nothing is open here)
         """Release files."""
@@ -233,10 +243,11 @@ class LoraDelta(Delta):
             base = self._base_checkpoint().parameter_rows(name, start, stop).float()
             return self.files.rows(self.plain[self._name_of[name]], start, stop).float() - base
         path = self.lora_of[name]
-        if self._last is None or self._last[0] != name:
+        last = self._last  # several threads may ask at once: what one looks at is never another's
+        if last is None or last[0] != name:
             pair = self.pairs[path]
-            self._last = (name, self.files.rows(pair["A"]).float(), self.files.rows(pair["B"]).float())
-        _, a, b = self._last  # [r, in], [out, r]
+            last = self._last = (name, self.files.rows(pair["A"]).float(), self.files.rows(pair["B"]).float())
+        _, a, b = last  # [r, in], [out, r]
         product = b[start:stop] @ a if self._kinds[name] == "linear" else a.T[start:stop] @ b.T
         return product.mul_(self.scaling(path))
 
@@ -326,48 +337,6 @@ class TensorDelta(Delta):
         return {
             name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:32] for name, tensor in sorted(self.tensors.items())
         }
-
-
-class WeightedSum(Delta):
-    """sum_i weight_i delta_i, exactly: products are added, never the factors A and B."""
-
-    def __init__(self, parts: Iterable[tuple[float, Delta]]) -> None:
-        self.parts = list(parts)
-        self._collect()
-
-    def _collect(self) -> None:
-        self.shapes = {}
-        for _, part in self.parts:
-            self.shapes.update(part.shapes)
-
-    def fit(self, names: ParameterNames) -> list[str]:
-        problems = [problem for _, part in self.parts for problem in part.fit(names)]
-        self._collect()
-        return problems
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        total: torch.Tensor | None = None
-        for weight, part in self.parts:
-            if name in part.shapes:
-                rows = part.rows(name, start, stop)
-                rows = rows if weight == 1.0 else rows * weight
-                total = rows if total is None else total + rows
-        if total is None:
-            raise KeyError(name)
-        return total
-
-    def same(self, a: str, b: str) -> bool:
-        return all(part.same(a, b) for _, part in self.parts)
-
-    def checks(self) -> list[str]:
-        return [problem for _, part in self.parts for problem in part.checks()]
-
-    def describe(self) -> dict[str, Any]:
-        return {"sum": [[weight, part.describe()] for weight, part in self.parts]}
-
-    def close(self) -> None:
-        for _, part in self.parts:
-            part.close()
 
 
 def refusals(config: Mapping[str, Any], converted: bool = False, saved_modules: bool = False) -> list[str]:

@@ -30,8 +30,8 @@ def test_the_documented_plan() -> None:
     plan = parse_plan(GOOD)
     assert plan.sources[0] == AdapterSource(adapter="runs/x/adapter", of="world:base", weight=0.5)
     assert plan.sources[1] == ModelSource(model="M", minus="B", weight=1.0)
-    assert plan.method.method == "task_arithmetic" and plan.out_dtype == "float32"
-    assert parse_plan("anchor: a\nsources: [{adapter: b}]\n").method.method == "sum"
+    assert plan.method.name == "task_arithmetic" and plan.out_dtype == "float32"
+    assert parse_plan("anchor: a\nsources: [{adapter: b}]\n").method.name == "sum"
     assert parse_plan("anchor: a\nsources: [{adapter: b}]\nmethod: {method: task_arithmetic, scale: 0.4}").method.scale == 0.4
 
 
@@ -40,7 +40,7 @@ def test_the_documented_plan() -> None:
     [
         (
             "anchor: a\nsources: [{adapter: b}]\nmethod: task_arithmetics",
-            r"plan:3: method: no merge method 'task_arithmetics'; did you mean task_arithmetic\?",
+            r"plan:3: method: no merge method 'task_arithmetics' \(did you mean 'task_arithmetic'\?\)",
         ),
         ("anchor: a\nsources: [{adapter: b}]\nmethod: {method: sum, scale: 2}", r"plan:3: method.*unknown key|plan:3: method.*scale"),
         (
@@ -48,7 +48,7 @@ def test_the_documented_plan() -> None:
             r"plan:4: sources\.1\.wieght: unknown key; did you mean weight\?",
         ),
         ("anchor: a\nsources:\n- {adapter: b, weight: heavy}", r"plan:3: sources\.0\.weight: .*'heavy'"),
-        ("anchor: a\nsources:\n- {model: b}", r"plan:3: sources\.0\.minus: Field required"),
+        ("anchor: a\nsources:\n- {minus: b}", r"plan:3: sources\.0\.model: Field required"),
         ("anchor: a\nsources:\n- {weight: 2}", "either adapter, or model and minus"),
         ("anchor: a\nsources:\n- {adapter: b, weight: .nan}", r"sources\.0\.weight"),
         ("anchor: a\nsources: []", "sources"),

@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guidetune.errors import BadInput, RunFailed
+from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.fingerprints import fingerprint
-from guidetune.weightspace import apply
+from guidetune.registry import build
+from guidetune.weightspace import apply, stages
 from guidetune.weightspace.apply import transfer
-from guidetune.weightspace.sources import Delta, LoraDelta, TensorDelta, WeightedSum
+from guidetune.weightspace.merged import Merged
+from guidetune.weightspace.sources import Delta, LoraDelta, TensorDelta
 from tests.models.pairs import PROJECTIONS, logits, make_adapter, make_pair, plain, save, with_adapter
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -197,12 +200,9 @@ def test_result_does_not_depend_on_shards_pieces_or_threads(
     options = {"dtype": "bfloat16", "rounding": "stochastic", "seed": 5}
     transfer(adapter, instruct, tmp_path / "a", **options)
     transfer(adapter, instruct, tmp_path / "b", max_shard=9000, **options)
-    monkeypatch.setattr(apply, "PIECE_VALUES", 100)
-    torch.set_num_threads(2)
-    try:
-        transfer(adapter, instruct, tmp_path / "c", max_shard="20KB", **options)
-    finally:
-        torch.set_num_threads(1)
+    monkeypatch.setattr(stages, "PIECE_VALUES", 100)
+    monkeypatch.setattr(apply, "available_cores", lambda: 3)
+    transfer(adapter, instruct, tmp_path / "c", max_shard="20KB", **options)
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(same_bytes(a[name], b[name]) and same_bytes(a[name], c[name]) for name in a)
     transfer(adapter, instruct, tmp_path / "d", **{**options, "seed": 6})
@@ -314,7 +314,8 @@ def test_several_adapters_are_summed_exactly(llama: tuple[Path, Path, Path], tmp
     second = make_adapter(base, tmp_path / "second", seed=2, target_modules=["q_proj", "lm_head"])
     transfer(adapter, instruct, tmp_path / "step1", scale=0.5)
     transfer(second, instruct, tmp_path / "step2", scale=-2.0)
-    transfer(WeightedSum([(0.5, LoraDelta(adapter)), (-2.0, LoraDelta(second))]), instruct, tmp_path / "sum")
+    both = Merged(build("weightspace", "sum"), [(0.5, LoraDelta(adapter)), (-2.0, LoraDelta(second))], Checkpoint(instruct))
+    transfer(both, instruct, tmp_path / "sum")
     w, a, b, c = (weights(p) for p in (instruct, tmp_path / "step1", tmp_path / "step2", tmp_path / "sum"))
     for name in w:
         torch.testing.assert_close(a[name] + b[name] - w[name], c[name], rtol=1e-6, atol=1e-6)

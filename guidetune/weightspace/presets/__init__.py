@@ -1,0 +1,1 @@
+"""Published methods of merging: one file each, made of the stages of `guidetune.weightspace.stages`."""

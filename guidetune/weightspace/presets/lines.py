@@ -1,0 +1,40 @@
+"""LiNeS (arXiv 2410.17146): scale the update by depth, alone or on top of any other preset."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from guidetune import registry
+from guidetune.registry import method
+from guidetune.weightspace.scale import PerLayer, by_norm_ratio
+from guidetune.weightspace.stages import Preset, Stages
+
+On = Annotated[registry.Method, BeforeValidator(lambda value: registry.build("weightspace", value)), PlainSerializer(lambda m: m.spec())]
+
+
+@method(kind="weightspace", name="lines", paper="2410.17146", summary="Scale the update by depth: little below, all of it above.")
+class Lines(Preset):
+    """D(l) = (α + β · (l − 1) / (L − 1)) · τ(l) for block l of L, τ the update that `on` gives, with its own factor left out.
+
+    One task: alpha from 0 to 1 on validation data, β = 1 − α. Several tasks: `alpha: norm`, (1 / N) ‖Σ τ_i‖₁ / ‖τ‖₁ (one more pass).
+    """
+
+    alpha: float | Literal["norm"] = Field(0.1, description="Factor of the first block; norm: from the norms of the updates.")
+    beta: float | None = Field(None, allow_inf_nan=False, description="What the last block has more; default: 1 − alpha.")
+    outside: Literal["first", "last"] = Field("first", description="Embeddings, final norm and head: as the first block, or as the last.")
+    on: On = Field("sum", validate_default=True, description="The method that joins the sources.")
+
+    def stages(self) -> Stages:
+        assert isinstance(self.on, Preset)
+        inner = self.on.stages()
+        if inner.scale is not None or inner.scale_from is not None:
+            raise ValueError("lines cannot be applied to a method that scales by depth itself")
+        if self.alpha == "norm":
+            beta = 1.0 if self.beta is None else self.beta
+            return replace(inner, factor=1.0, scale_from=by_norm_ratio(beta, self.outside))
+        alpha = float(self.alpha)
+        beta = 1.0 - alpha if self.beta is None else self.beta
+        return replace(inner, factor=1.0, scale=PerLayer(alpha, beta, alpha if self.outside == "first" else alpha + beta))

@@ -1,0 +1,60 @@
+"""Factors by depth: LiNeS (arXiv 2410.17146) and tables of coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from guidetune.weightspace.stages import Piece, Scale, View
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """λ(l) = α + β · ((l − 1) / (L − 1)) for block l of L; `outside` for everything else. A single block has α + β."""
+
+    alpha: float
+    beta: float
+    outside: float
+
+    def __call__(self, view: View) -> float:
+        if view.layer is None:
+            return self.outside
+        layer, count = view.layer
+        return self.alpha + self.beta * ((layer - 1) / (count - 1) if count > 1 else 1.0)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values spread evenly over the blocks and interpolated between; the first one for everything else."""
+
+    values: Sequence[float]
+
+    def __call__(self, view: View) -> float:
+        if view.layer is None or len(self.values) == 1:
+            return self.values[0]
+        layer, count = view.layer
+        place = (layer - 1) / (count - 1) * (len(self.values) - 1) if count > 1 else 0.0
+        low = min(int(place), len(self.values) - 2)
+        return self.values[low] + (self.values[low + 1] - self.values[low]) * (place - low)
+
+
+def by_norm_ratio(beta: float, outside: str) -> Callable[[Iterable[View], Callable[[View], Iterator[tuple[Piece, torch.Tensor]]]], Scale]:
+    """LiNeS' α for merged tasks: (1 / N) ‖Σ τ_i‖₁ / ‖τ_merged‖₁ over all parameters, summed in fp64."""
+
+    def scale(views: Iterable[View], combined: Callable[[View], Iterator[tuple[Piece, torch.Tensor]]]) -> Scale:
+        plain = merged = 0.0
+        sources: set[str] = set()
+        for view in views:
+            sources |= set(view.sources)
+            for piece, d in combined(view):
+                total = piece.taus[0].clone()
+                for tau in piece.taus[1:]:
+                    total += tau
+                plain += float(total.abs().sum(dtype=torch.float64))
+                merged += float(d.abs().sum(dtype=torch.float64))
+        alpha = plain / merged / len(sources) if merged else 0.0
+        return PerLayer(alpha, beta, alpha if outside == "first" else alpha + beta)
+
+    return scale

@@ -1,0 +1,108 @@
+"""Merging whole models: nothing but the plan decides the bytes, and broken inputs leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from guidetune.errors import BadInput, RunFailed
+from guidetune.weightspace import apply, stages
+from guidetune.weightspace.plan import MergePlan, merge
+from tests.models.pairs import make_adapter, save
+from tests.tiny import tiny_model
+from tests.weightspace.mergekit import models, read
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    return models(tmp_path_factory.mktemp("models"))
+
+
+def plan(tuned: tuple[str, list[str]], method: Any, order: tuple[int, ...] = (0, 1, 2), **options: Any) -> MergePlan:
+    base, folders = tuned
+    parts = [{"model": folders[k], "weight": 0.3 + 0.1 * k} for k in order]
+    return MergePlan.model_validate({"anchor": base, "sources": parts, "method": method, "out_dtype": "bfloat16", **options})
+
+
+@pytest.mark.parametrize(
+    "method", ["ties", {"method": "dare", "density": 0.5, "sign": "elect"}, {"method": "lines", "on": "breadcrumbs"}, "sce"]
+)
+def test_threads_shards_pieces_and_order_change_no_byte(
+    tuned: tuple[str, list[str]], method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apply, "available_cores", lambda: 1)
+    merge(plan(tuned, method), tmp_path / "a")
+    monkeypatch.setattr(apply, "available_cores", lambda: 4)
+    merge(plan(tuned, method, (2, 0, 1), max_shard="40KB"), tmp_path / "b")
+    monkeypatch.setattr(stages, "HELD_BYTES", 0)
+    if method != "sce":  # energies are summed piece by piece
+        monkeypatch.setattr(stages, "PIECE_VALUES", 500)
+    merge(plan(tuned, method), tmp_path / "c")
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    for name in a:
+        assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]), name
+
+
+def test_adapters_and_models_mix_and_lines_scales_the_adapter(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
+    base, folders = tuned
+    adapter = make_adapter(Path(base), tmp_path / "adapter")
+    lines = {"anchor": base, "sources": [{"adapter": str(adapter)}], "method": {"method": "lines", "alpha": 0.2}, "out_dtype": "float32"}
+    merge(MergePlan.model_validate(lines), tmp_path / "scaled")
+    merge(MergePlan.model_validate({**lines, "method": "sum"}), tmp_path / "plain")
+    w, scaled, full = (read(Path(p)) for p in (base, tmp_path / "scaled", tmp_path / "plain"))
+    depth = stages.layers(w)
+    for name in w:
+        factor = 0.2 + 0.8 * ((depth[name][0] - 1) / (depth[name][1] - 1)) if name in depth else 0.2
+        torch.testing.assert_close(scaled[name], w[name] + factor * (full[name] - w[name]), rtol=1e-5, atol=1e-6)
+    both = {**lines, "sources": [{"adapter": str(adapter)}, {"model": folders[0]}], "method": "ties"}
+    assert merge(MergePlan.model_validate(both), tmp_path / "both").result["tensors_moved"] > 0
+
+
+def broken(tmp_path: Path, change: Any, **options: Any) -> str:
+    folder = save(tiny_model("llama", **options), tmp_path / "broken")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors, file)
+    return str(folder)
+
+
+def poison(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (poison, {}, "not finite"),
+        (cut, {}, "damaged"),
+        (lambda *_: None, {"vocab": 160}, "is \\[160"),
+        (lambda *_: None, {"num_hidden_layers": 3}, "lacks model.layers"),
+    ],
+    ids=["nan", "truncated", "vocabulary", "depth"],
+)
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_broken_sources_leave_nothing(
+    tuned: tuple[str, list[str]], method: str, change: Any, options: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    base, folders = tuned
+    bad = broken(tmp_path, change, **options)
+    spec = {"anchor": base, "sources": [{"model": folders[0]}, {"model": bad}], "method": method}
+    with pytest.raises((BadInput, RunFailed), match=words):
+        merge(MergePlan.model_validate(spec), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial/*.safetensors"))
+
+
+def test_a_source_given_twice_is_refused(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="given twice"):
+        merge(plan(tuned, "ties", (0, 0)), tmp_path / "out")
+    with pytest.raises(BadInput, match="needs 2 sources, there are 3"):
+        merge(plan(tuned, "slerp"), tmp_path / "out")
