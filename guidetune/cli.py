@@ -292,6 +292,29 @@ def guide(
     _print(pipeline.guide(loaded, _out(out, loaded), export=export))
 
 
+@app.command()
+@verb
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page; default: RUN/report.html or comparison.html.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Also write every table there, as CSV and Markdown.")
+    ] = None,
+) -> None:
+    """Write the page of a run again, or put several runs side by side.
+
+    Of several runs it shows which recipe keys differ and which results; scores of other items or settings are not subtracted.
+    """
+    from guidetune import report as pages
+
+    page = pages.write(runs[0], out, export) if len(runs) == 1 else pages.write_comparison(runs, out, export)
+    if export is not None:
+        print(f"tables: {export}")
+    print(f"report: {page}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 

@@ -431,7 +431,8 @@ ANSWER: dict[str, Callable[..., None]] = {"generate": _generate, "loglik": _logl
 
 def read_items(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The item lines of a TaskResult that was written below `out`."""
-    return [json.loads(line) for line in (Path(out) / result["items"]).read_text(encoding="utf-8").splitlines()]
+    # not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are
+    return [json.loads(line) for line in (Path(out) / result["items"]).read_text(encoding="utf-8").split("\n") if line]
 
 
 def paired_results(a_out: Path, a: dict[str, Any], b_out: Path, b: dict[str, Any]) -> dict[str, Any]:

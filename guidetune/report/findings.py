@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from guidetune.report import numbers
@@ -93,10 +93,24 @@ class Comparison:
     lost: int | None = None
     gained: int | None = None
     test: str = ""
+    p_adjusted: float | None = None
+    mde: float | None = None
+    verdict: str = ""
 
     @property
     def significant(self) -> bool:
+        """By its own p alone."""
         return self.p is not None and self.p < LEVEL
+
+    @property
+    def corrected(self) -> float | None:
+        """p after correction over the arms where that is known, else p."""
+        return self.p if self.p_adjusted is None else self.p_adjusted
+
+    @property
+    def holds(self) -> bool:
+        """Significant after correction over the arms."""
+        return self.corrected is not None and self.corrected < LEVEL
 
 
 def compare_task(result: Mapping[str, Any]) -> Comparison | None:
@@ -110,7 +124,18 @@ def compare_task(result: Mapping[str, Any]) -> Comparison | None:
         diff, ci = -diff, (-ci[1], -ci[0]) if ci else None
     counts = [int(value) if (value := numbers.finite(paired.get(key))) is not None else None for key in ("kept", "lost", "gained")]
     n = numbers.finite(paired.get("n")) or numbers.finite(result.get("n")) or 0
-    return Comparison(diff, ci, numbers.finite(paired.get("p")), int(n), 1, *counts, test=str(paired.get("test") or ""))
+    return Comparison(
+        diff,
+        ci,
+        numbers.finite(paired.get("p")),
+        int(n),
+        1,
+        *counts,
+        test=str(paired.get("test") or ""),
+        p_adjusted=numbers.finite(paired.get("p_adjusted")),
+        mde=numbers.finite(paired.get("mde")),
+        verdict=str(paired.get("verdict") or ""),
+    )
 
 
 def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
@@ -148,6 +173,41 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     return adjusted
 
 
+def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Comparison]:
+    """Every comparison with the instruct model by (arm, group, task label), the mean of a group under None.
+
+    Each has its p after Holm's correction over the arms of the same task: the stored one, else computed here.
+    """
+    found: dict[tuple[str, str, str | None], Comparison] = {}
+    stored = mapping(mapping(results.get("comparison")).get("groups"))
+    for name, arm in arms_of(results).items():
+        if name == REFERENCE or failed(arm):
+            continue
+        for group in GROUPS:
+            for label, result in tasks_of(arm, group).items():
+                if (part := compare_task(result)) is not None:
+                    found[name, group, label] = part
+            if (part := compare_group(arm, group)) is not None:
+                adjusted = numbers.finite(mapping(mapping(stored.get(group)).get(name)).get("p_adjusted"))
+                found[name, group, None] = part if adjusted is None else replace(part, p_adjusted=adjusted)
+    for family in {key[1:] for key in found}:
+        members = {key: part for key, part in found.items() if key[1:] == family and part.p is not None}
+        for key, p in holm({key: part.p for key, part in members.items()}).items():
+            if members[key].p_adjusted is None:
+                found[key] = replace(members[key], p_adjusted=p)
+    return found
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names whose point no other beats on one axis without losing on the other (more is better on both), by x ascending."""
+
+    def beaten(name: str) -> bool:
+        x, y = points[name]
+        return any(a >= x and b >= y and (a > x or b > y) for other, (a, b) in points.items() if other != name)
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One arm in words. `tone` is "reference", "better", "worse", "mixed", "even", "unknown" or "failed"."""
@@ -164,7 +224,7 @@ def _n(comparison: Comparison) -> str:
 def _significance(comparison: Comparison, adjusted: float | None, tests: int) -> str:
     text = f"{numbers.p_value(comparison.p)}, significant"
     if adjusted is not None and adjusted >= LEVEL:
-        return f"{text} alone, but not after Holm correction for the {tests} comparisons here"
+        return f"{text} alone, but not after Holm correction over the {tests} arms"
     return text
 
 
@@ -198,11 +258,8 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     """One sentence per arm that claims no more than the paired tests allow."""
     arms = arms_of(results)
     reference = arms.get(REFERENCE, {})
-    comparisons = {
-        (name, group): compare_group(arm, group) for name, arm in arms.items() for group in GROUPS if name != REFERENCE and not failed(arm)
-    }
-    tested = {key: part.p for key, part in comparisons.items() if part is not None and part.p is not None}
-    adjusted = holm(tested)
+    means = {(arm, group): part for (arm, group, label), part in comparisons(results).items() if label is None}
+    adjusted = {key: part.p_adjusted for key, part in means.items() if part.p_adjusted is not None}
     said = []
     for name, arm in arms.items():
         if failed(arm):
@@ -212,7 +269,7 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
             said.append(Verdict(name, _reference_text(arm), "reference"))
             continue
         clauses = [
-            _clause(word, arm, reference, group, adjusted.get((name, group)), len(tested))
+            _clause(word, arm, reference, group, adjusted.get((name, group)), sum(key[1] == group for key in adjusted))
             for word, group in (("task", "task"), ("general skills", "general"))
         ]
         stated = [clause for clause in clauses if clause]
@@ -224,7 +281,7 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
             text += " General skills were not measured, so forgetting is unknown."
         elif clauses[1] and not clauses[0]:
             text += " The task was not measured, so the gain is unknown."
-        said.append(Verdict(name, text, _tone({group: comparisons[name, group] for group in GROUPS}, name, adjusted)))
+        said.append(Verdict(name, text, _tone({group: means.get((name, group)) for group in GROUPS}, name, adjusted)))
     return said
 
 

@@ -94,7 +94,21 @@ def test_every_link_and_id_on_the_page_fits(full: tuple[Path, Page, str]) -> Non
     used = {value[1:] for _, attrs in page.tags for name, value in attrs.items() if name == "href" and value}
     used |= set(re.findall(r"url\(#([^)]+)\)", text))
     assert used <= set(ids)
-    for name in ("verdict", "arms", "gain", "skills", "training", "guidance", "samples", "data", "transfer", "costs", "recipe", "versions"):
+    for name in (
+        "verdict",
+        "arms",
+        "gain",
+        "skills",
+        "training",
+        "guidance",
+        "weights",
+        "items",
+        "data",
+        "transfer",
+        "costs",
+        "recipe",
+        "provenance",
+    ):
         assert name in ids
 
 
@@ -143,26 +157,31 @@ def test_arms_scores_and_tests_are_all_there(full: tuple[Path, Page, str]) -> No
         assert skill in page.words
 
 
-def test_samples_show_flips_first_with_every_arm(full: tuple[Path, Page, str]) -> None:
-    from guidetune.report.samples import collect
+def test_the_browser_holds_every_arms_gained_and_lost_items(full: tuple[Path, Page, str]) -> None:
+    from guidetune.report.samples import PER_KIND, collect
 
-    run, page, _ = full
-    samples, missing = collect(run, results_of(run))
+    run, page, text = full
+    results = results_of(run)
+    tasks, missing = collect(run, results)
     assert missing == []
-    assert {sample.group for sample in samples} == {"task", "general"}
-    kinds = [sample.kind for sample in samples if sample.group == "task"]
-    assert kinds[0] == "gained" and "lost" in kinds and kinds.index("lost") < kinds.index("all right")
-    for sample in samples:
-        assert [output.arm for output in sample.outputs] == ["instruct", "sft", "graft", "gift"]
-        right = {output.arm: output.right for output in sample.outputs}
-        if sample.kind in ("gained", "lost"):
-            assert right["instruct"] is (sample.kind == "lost")
-            assert sample.flipped == [arm for arm, value in right.items() if value != right["instruct"]] != []
-        else:
-            assert set(right.values()) == {sample.kind == "all right"}
-    gaining = {arm for sample in samples if sample.kind == "gained" and sample.group == "task" for arm in sample.flipped}
-    assert {"sft", "graft", "gift"} == gaining, "every arm's flips get their turn"
+    assert [(task.group, task.label) for task in tasks] == [("task", "word_problems"), ("general", "skills")]
+    for task in tasks:
+        assert [one.arm for one in task.arms] == ["sft", "graft", "gift"]
+        for one in task.arms:
+            counts = results["arms"][one.arm][task.group][task.label]["vs_instruct"]
+            assert (one.gained_total, one.lost_total) == (counts["gained"], counts["lost"])
+            for kind, entries, total in (("gained", one.gained, one.gained_total), ("lost", one.lost, one.lost_total)):
+                assert min(PER_KIND, total) <= len(entries) <= total
+                for sample, _ in entries:
+                    right = {arm: output.right for output in sample.outputs for arm in output.arms}
+                    assert sorted(right) == ["gift", "graft", "instruct", "sft"], "every arm's answer is there"
+                    assert right["instruct"] is (kind == "lost") and right[one.arm] is (kind == "gained")
+        shown = {sample.anchor for one in task.arms for sample, _ in [*one.gained, *one.lost]} | {s.anchor for _, s in task.others}
+        for anchor in shown:  # in full exactly once, also where several arms changed the same item
+            assert text.count(f'id="{anchor}"') == 1
+    assert {kind for task in tasks for kind, _ in task.others} >= {"right in every arm", "wrong in every arm"}
     assert page.words.count("✓") and page.words.count("✗")
+    assert len(page.all("details")) > 20 and len(page.all("details")) == len(page.all("summary"))
 
 
 def test_the_same_run_gives_the_same_page(full: tuple[Path, Page, str]) -> None:
@@ -264,7 +283,7 @@ def test_a_run_with_parts_missing_still_has_a_page(make_run, name: str) -> None:
         "no intervals": "no test available",
     }
     assert expected.get(name, "Verdict") in page.words
-    assert "nan" not in page.words.lower().replace("ana ", "")
+    assert not re.search(r"\bnan\b", page.words.lower())
     report.markdown(results_of(run)), report.csv_text(results_of(run))
 
 
