@@ -188,14 +188,35 @@ def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None],
                 if (part := compare_task(result)) is not None:
                     found[name, group, label] = part
             if (part := compare_group(arm, group)) is not None:
-                adjusted = numbers.finite(mapping(mapping(stored.get(group)).get(name)).get("p_adjusted"))
-                found[name, group, None] = part if adjusted is None else replace(part, p_adjusted=adjusted)
+                found[name, group, None] = _stored(part, mapping(mapping(stored.get(group)).get(name)))
     for family in {key[1:] for key in found}:
         members = {key: part for key, part in found.items() if key[1:] == family and part.p is not None}
         for key, p in holm({key: part.p for key, part in members.items()}).items():
             if members[key].p_adjusted is None:
                 found[key] = replace(members[key], p_adjusted=p)
     return found
+
+
+def _stored(part: Comparison, entry: Mapping[str, Any]) -> Comparison:
+    """The comparison of a group as the run itself made it (over seeds, where there were several), else `part`."""
+    diff = numbers.finite(entry.get("diff"))
+    if diff is None:
+        return replace(part, p_adjusted=numbers.finite(entry.get("p_adjusted")) if entry else part.p_adjusted)
+    return replace(
+        part,
+        gain=diff,
+        ci=numbers.interval_ends(entry.get("ci")),
+        p=numbers.finite(entry.get("p")),
+        p_adjusted=numbers.finite(entry.get("p_adjusted")),
+        mde=numbers.finite(entry.get("mde")),
+        verdict=str(entry.get("verdict") or ""),
+    )
+
+
+def shown_mean(arm: Mapping[str, Any], group: str) -> float | None:
+    """A group's mean score, over the seeds where there are several."""
+    over = numbers.finite(mapping(mapping(arm.get("over_seeds")).get(f"{group}_mean")).get("mean"))
+    return group_mean(arm, group) if over is None else over
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -228,12 +249,13 @@ def _significance(comparison: Comparison, adjusted: float | None, tests: int) ->
     return text
 
 
-def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], group: str, adjusted: float | None, tests: int) -> str | None:
+def _clause(
+    name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], group: str, comparison: Comparison | None, tests: int
+) -> str | None:
     results = tasks_of(arm, group)
-    score, before = group_mean(arm, group), group_mean(reference, group)
+    score, before = shown_mean(arm, group), shown_mean(reference, group)
     if not results or score is None:
         return None
-    comparison = compare_group(arm, group)
     if comparison is None:
         return f"{name} {numbers.score(score)}, without a paired test against instruct"
     over = f" (mean of {comparison.tasks} tasks)" if comparison.tasks > 1 else ""
@@ -243,8 +265,10 @@ def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], gro
         over += " (a smaller score is better; + means improved)"
     change = f"{numbers.signed(comparison.gain)} {numbers.interval(comparison.ci)}" if comparison.ci else numbers.signed(comparison.gain)
     path = f"{numbers.score(before)} → {numbers.score(score)}, " if before is not None else ""
+    if comparison.verdict:
+        return f"{name}{over} {path.removesuffix(', ')}: {comparison.verdict.removesuffix('.')}"
     if comparison.significant:
-        evidence = _significance(comparison, adjusted, tests)
+        evidence = _significance(comparison, comparison.p_adjusted, tests)
     elif comparison.p is None:
         evidence = "no test available"
     else:
@@ -269,7 +293,7 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
             said.append(Verdict(name, _reference_text(arm), "reference"))
             continue
         clauses = [
-            _clause(word, arm, reference, group, adjusted.get((name, group)), sum(key[1] == group for key in adjusted))
+            _clause(word, arm, reference, group, means.get((name, group)), sum(key[1] == group for key in adjusted))
             for word, group in (("task", "task"), ("general skills", "general"))
         ]
         stated = [clause for clause in clauses if clause]

@@ -35,7 +35,6 @@ from guidetune.report.text import clean, clip
 # Parts of an evaluation's key that make its scores another measurement; the model's own parts (its weights, its precision) do not.
 SETTINGS = {
     "task": "task options",
-    "code": "the task's code",
     "chat": "chat template",
     "seed": "seed of the samples",
     "new_tokens": "longest answer",
@@ -72,18 +71,20 @@ class Measurement:
     items: str
     metric: str
     settings: Mapping[str, Any]
+    code: Any
     smaller_is_better: bool
 
 
 @dataclass
 class Cell:
-    """One arm's score in one run; `against` is the paired difference to the first run, `reason` why there is none."""
+    """One arm's score in one run; `against` is the paired difference to the first run, `reason` why there is none, `note` what to mind."""
 
     score: float | None = None
     ci: tuple[float, float] | None = None
     n: int | None = None
     against: Comparison | None = None
     reason: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -154,9 +155,10 @@ def measured(run: Run, group: str, label: str) -> dict[str, Measurement]:
         path = run.items(name, group, label)
         key = mapping((finished(path.parent) or {}).get("key")) if path else {}
         items = str(key.get("items") or (_content(path) if path else ""))
-        found[name] = Measurement(
-            items, str(result.get("metric")), {k: key.get(k) for k in SETTINGS if k in key}, smaller_is_better(result)
-        )
+        settings = {k: key.get(k) for k in SETTINGS if k in key}
+        if not settings.get("temperature"):
+            settings.pop("seed", None)  # nothing was drawn
+        found[name] = Measurement(items, str(result.get("metric")), settings, key.get("code"), smaller_is_better(result))
     return found
 
 
@@ -182,6 +184,25 @@ def _obstacle(one: Measurement, two: Measurement) -> str:
         if SETTINGS[key] in other
     ]
     return f"other settings: {', '.join(plain)}" if plain else ""
+
+
+def _code_note(one: Run, two: Run, group: str, label: str) -> tuple[str, str]:
+    """(reason, note) where the evaluation's code is not the same: does a model that both runs have still get the same scores from it?"""
+    for name, arm in one.arms.items():
+        print_ = arm.get("fingerprint")
+        for other, candidate in two.arms.items():
+            if print_ and candidate.get("fingerprint") == print_:
+                paths = one.items(name, group, label), two.items(other, group, label)
+                if None not in paths:
+                    old, new = ({item["id"]: item.get("correct") for _, item in read_lines(path)} for path in paths if path)
+                    if old == new:
+                        return "", f"other version of the evaluation's code, which scores {name} the same, item by item"
+                    changed = sum(old.get(id_) != new.get(id_) for id_ in old)
+                    return (
+                        f"other version of the evaluation's code, which scores the same model ({name}) differently on {changed} items",
+                        "",
+                    )
+    return "", "other version of the evaluation's code; no model is in both runs to check it by"
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
@@ -222,6 +243,8 @@ def _line(runs: Sequence[Run], how: Sequence[Mapping[str, Measurement]], name: s
         if order == first:
             continue
         cell.reason = _obstacle(how[first][name], how[order][name])
+        if not cell.reason and how[first][name].code != how[order][name].code:
+            cell.reason, cell.note = _code_note(runs[first], run, group, label)
         if cell.reason:
             continue
         old = tasks_of(runs[first].arms[name], group)[label]
@@ -328,6 +351,8 @@ def sentences(runs: Sequence[Run], found: Sequence[Line], recipe: Sequence[tuple
             text += f"changed (after Holm correction over arms): {told}{more}" if moved else "no change that the tests can tell from chance"
             text += f"; the other {rest} not distinguishable." if moved and rest else "."
             said.append(text)
+        if notes := {cell.note for line in found if (cell := line.cells[order]).note}:
+            said.append(f"{run.name} against {runs[0].name}: {'; '.join(sorted(notes))}.")
         if reasons:
             where = "partly not comparable" if tested else "not comparable"
             said.append(f"{run.name} against {runs[0].name}: {where} ({'; '.join(sorted(reasons))}); no difference is given there.")
@@ -417,7 +442,17 @@ def sheets(values: Mapping[str, Any]) -> Iterator[Sheet]:
             tested = (part.gain, *(part.ci or (None, None)), part.p, part.p_adjusted, part.lost, part.gained) if part else (None,) * 7
             if cell.score is not None:
                 rows.append(
-                    (line.group, line.label, line.arm, name, cell.score, *(cell.ci or (None, None)), cell.n, *tested, cell.reason or None)
+                    (
+                        line.group,
+                        line.label,
+                        line.arm,
+                        name,
+                        cell.score,
+                        *(cell.ci or (None, None)),
+                        cell.n,
+                        *tested,
+                        cell.reason or cell.note or None,
+                    )
                 )
     yield Sheet(
         "scores",
@@ -438,7 +473,7 @@ def sheets(values: Mapping[str, Any]) -> Iterator[Sheet]:
             "p_corrected",
             "lost",
             "gained",
-            "not_comparable",
+            "caution",
         ],
         rows,
     )

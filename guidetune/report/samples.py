@@ -77,7 +77,7 @@ class TaskItems:
 
     @property
     def shown(self) -> int:
-        return len({sample.id for arm in self.arms for sample, _ in [*arm.gained, *arm.lost]} | {sample.id for _, sample in self.others})
+        return len({s.anchor for arm in self.arms for s, _ in [*arm.gained, *arm.lost]} | {s.anchor for _, s in self.others})
 
 
 def items_file(run: Path, arm: str, group: str, label: str, arm_results: Mapping[str, Any], kind: Any = "compare") -> Path | None:
@@ -254,6 +254,10 @@ def _fill(task: TaskItems, scores: Mapping[str, _Scores], budget: float, anchor:
             task.others.append((unchanged[id_], sample))
         for place, (name, kind) in enumerate(changed.get(id_, {}).items()):
             getattr(per_arm[name], kind).append((sample, place == 0))
+    place = next(iter(scores.values())).line
+    for one in per_arm.values():
+        one.gained.sort(key=lambda entry: place.get(entry[0].id, 0))
+        one.lost.sort(key=lambda entry: place.get(entry[0].id, 0))
     task.arms = [one for one in per_arm.values() if one.gained_total or one.lost_total]
     return used
 

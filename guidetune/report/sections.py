@@ -48,7 +48,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "created": moment(results.get("created")),
         "seconds": numbers.finite(results.get("seconds")),
         "models": _models(results),
-        "sentences": [str(text) for text in mapping(results.get("comparison")).get("verdict") or [] if str(text).strip()],
+        "sentences": _sentences(results),
         "verdicts": verdicts(results),
         "about": {name: str(arm.get("description") or "") for name, arm in arms.items()},
         "tests": sum(
@@ -57,10 +57,11 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "arms": _arms(results, arms),
         "seeds": seed_rows(results),
         "details": _details(results),
+        "pairs": _pairs(results, arms),
         "colour": palette.index,
         "forest": _forest(arms, palette),
         "evaluated": any(labels(results, group) for group in GROUPS),
-        "tradeoff": _tradeoff(arms, palette),
+        "tradeoff": _tradeoff(results, arms, palette),
         "skills": _skills(results, arms, palette),
         "difficulty": _difficulty(results, arms, palette),
         "loss": _loss(run, results, arms, palette),
@@ -138,7 +139,29 @@ def _details(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tradeoff(arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> dict[str, Any] | None:
+def _sentences(results: Mapping[str, Any]) -> list[str]:
+    """What the comparison says as a whole; what it says of each arm stands with the arm."""
+    comparison = mapping(results.get("comparison"))
+    of_arms = {
+        str(mapping(entry).get("verdict")) for group in mapping(comparison.get("groups")).values() for entry in mapping(group).values()
+    }
+    return [str(text) for text in comparison.get("verdict") or [] if str(text).strip() and str(text) not in of_arms]
+
+
+def _pairs(results: Mapping[str, Any], arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tests of the arms against each other, where the run made them; `gain` > 0: the first is better."""
+    found = []
+    for pair in map(mapping, mapping(results.get("comparison")).get("pairs") or []):
+        a, b, group, label = (str(pair.get(key)) for key in ("a", "b", "group", "task"))
+        result = tasks_of(arms.get(a, {}), group).get(label)
+        part = compare_task({**result, "vs_instruct": pair}) if result else None
+        if part is not None and b in arms:
+            found.append({"a": a, "b": b, "group": group, "measure": label, "test": part})
+    return found
+
+
+def _tradeoff(results: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> dict[str, Any] | None:
+    means = {(arm, group): part for (arm, group, label), part in comparisons(results).items() if label is None}
     reference = arms.get(REFERENCE, {})
     before = group_mean(reference, "general")
     if not before or before < 0 or group_mean(reference, "task") is None:
@@ -147,10 +170,11 @@ def _tradeoff(arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> 
     for name, arm in arms.items():
         if name == REFERENCE or failed(arm):
             continue
-        task, general = compare_group(arm, "task"), compare_group(arm, "general")
+        task, general = means.get((name, "task")), means.get((name, "general"))
         if task is None or general is None:
             continue
-        again = [(compare_group(mapping(one), "general"), compare_group(mapping(one), "task")) for one in arm.get("seeds") or []]
+        repeats = [arm, *map(mapping, arm.get("seeds") or [])] if arm.get("seeds") else []
+        again = [(compare_group(one, "general"), compare_group(one, "task")) for one in repeats]
         points[name] = {
             "x": 1 + general.gain / before,
             "y": task.gain,
@@ -190,7 +214,7 @@ def _scales(results: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any
             table.append({"arm": str(name), "scale": scale, "chosen": is_chosen, "validation": means[0], "test": means[1], "tests": tests})
         if drawn["validation"]:
             words = [str(sweep[key]) for key in ("criterion", "chosen_on") if sweep.get(key)]
-            sweeps[str(name)] = drawn | {"criterion": ", on ".join(words)}
+            sweeps[str(name)] = drawn | {"criterion": ", on ".join(words), "said": [str(text) for text in sweep.get("verdict") or []]}
     if not sweeps:
         return None
     return {"svg": _markup(plots.scale_sweep(sweeps, palette)), "sweeps": sweeps, "table": table}

@@ -82,10 +82,24 @@ def of_page(page: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[She
         ],
     )
     yield Sheet(
+        "pairs",
+        "Arms against each other",
+        ["a", "b", "group", "measure", "a_minus_b", "ci_low", "ci_high", "p", "p_corrected", "smallest_detectable", "test", "in_words"],
+        [
+            (one["a"], one["b"], one["group"], one["measure"], t.gain, *(t.ci or (None, None)), t.p, t.p_adjusted, t.mde, t.test, t.verdict)
+            for one in page["pairs"]
+            for t in (one["test"],)
+        ],
+    )
+    yield Sheet(
         "seeds",
         "Scores over seeds",
-        ["arm", "group", "measure", "mean", "sd", "seeds", "scores"],
-        [(row.arm, row.group, row.label, row.mean, row.sd, len(row.scores), "; ".join(map(str, row.scores))) for row in page["seeds"]],
+        ["arm", "group", "measure", "mean", "sd", "seeds", "scores", "difference", "ci_low", "ci_high", "p", "p_corrected"],
+        [
+            (row.arm, row.group, row.label, row.mean, row.sd, len(row.scores), "; ".join(map(str, row.scores)))
+            + ((t.gain, *(t.ci or (None, None)), t.p, t.p_adjusted) if (t := row.comparison) else (None,) * 5)
+            for row in page["seeds"]
+        ],
     )
     if part := page["tradeoff"]:
         yield Sheet(

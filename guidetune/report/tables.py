@@ -16,6 +16,7 @@ from guidetune.report.findings import (
     Comparison,
     arms_of,
     averaged,
+    compare_task,
     comparisons,
     failed,
     group_mean,
@@ -276,7 +277,7 @@ def markdown(results: Mapping[str, Any], only: Collection[str] | None = None) ->
 
 @dataclass(frozen=True)
 class SeedRow:
-    """One measure of one arm over its seeds: mean, standard deviation (n − 1), the scores; `n` is 1 for an arm without training."""
+    """One measure of one arm over its seeds: mean, standard deviation (n − 1), the scores, and the test over seeds and items."""
 
     arm: str
     label: str
@@ -284,6 +285,7 @@ class SeedRow:
     mean: float | None
     sd: float | None
     scores: list[float]
+    comparison: Comparison | None = None
 
 
 def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
@@ -299,7 +301,9 @@ def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
                 one = numbers.finite(tasks_of(arm, group)[label].get("score"))
                 spread = mapping(mapping(over.get(group)).get(label)) or {"mean": one, "sd": None, "scores": [one]}
                 scores = [v for v in map(numbers.finite, spread.get("scores") or []) if v is not None]
-                rows.append(SeedRow(name, label, group, numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd")), scores))
+                mean, sd = numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd"))
+                part = compare_task({**tasks_of(arm, group)[label], "vs_instruct": spread.get("vs_instruct")})
+                rows.append(SeedRow(name, label, group, mean, sd, scores, part))
     return rows
 
 
