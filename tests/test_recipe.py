@@ -458,7 +458,7 @@ def test_grids(folder: Path) -> None:
         ("x: {grid: {tune.lr: 1e-4}}", r"r.yaml:\d+: arms.x.grid: write the values of each key as a list"),
         ("x: {grid: {tune.lr: [1e-4, -1]}}", r"tune.lr = -1.*\(arm x-lr=-1\)"),
         ("x: {grid: {tune.batch: [" + ", ".join(map(str, range(1, 102))) + "]}}", "101 arms are more than the 100"),
-        ("../../x: {tune.lr: 1e-4}", "an arm has a plain name of"),
+        ("../../x: {tune.lr: 1e-4}", "an arm has a plain name:"),
     ],
 )
 def test_arms_that_cannot_be_written(folder: Path, own: str, expected: str) -> None:

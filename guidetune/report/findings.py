@@ -139,15 +139,6 @@ def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
     return Comparison(mean, (mean - half, mean + half), p, n, len(parts), *counts, test="normal approximation over tasks")
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's step-down adjustment: p_(i) -> max_{j<=i} min(1, (m-j+1) p_(j)) over the m sorted p-values."""
-    adjusted, running = {}, 0.0
-    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p))
-        adjusted[key] = running
-    return adjusted
-
-
 @dataclass(frozen=True)
 class Verdict:
     """One arm in words. `tone` is "reference", "better", "worse", "mixed", "even", "unknown" or "failed"."""
@@ -196,6 +187,8 @@ def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], gro
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     """One sentence per arm that claims no more than the paired tests allow."""
+    from guidetune.evaluation.statistics import holm
+
     arms = arms_of(results)
     reference = arms.get(REFERENCE, {})
     comparisons = {
