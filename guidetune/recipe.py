@@ -274,11 +274,21 @@ class Transfer(Section):
     max_shard: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="Largest weight file.")
 
 
+class Validation(Section):
+    """Tasks on which `compare --scales` picks a scale; none of their prompts may be among the test's."""
+
+    task: list[Task] = Field([], description="As evaluate.task.")
+    general: list[Task] = Field([], description="As evaluate.general.")
+
+
 class Evaluate(Section):
     """What is measured, on the task that is learnt and on everything that must not be forgotten."""
 
     task: list[Task] = Field([], description="Tasks the tuning should improve (kind task).")
     general: list[Task] = Field([], description="Tasks whose scores should not fall (kind task).")
+    validation: Validation = Field(
+        Validation(), description="Tasks to pick a scale on (`task`, `general`); without any, a share of the items above is kept for that."
+    )
     batch_tokens: int = Field(16384, ge=1, description="Tokens of one forward pass.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest answer; null: each task's own.")
     samples: int = Field(1, ge=1, description="Answers for each item; more than one needs a temperature.")
@@ -293,12 +303,12 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
         faults = []
-        for group in ("task", "general"):
+        for prefix, group in itertools.product(((), ("validation",)), ("task", "general")):
             seen: set[str] = set()
-            for i, method in enumerate(getattr(self, group)):
+            for i, method in enumerate(getattr(self.validation if prefix else self, group)):
                 label = method.label or method.default_label()
                 if label in seen:
-                    faults.append(_fault((group, i), "the same task twice; give one of them another label", label))
+                    faults.append(_fault((*prefix, group, i), "the same task twice; give one of them another label", label))
                 seen.add(label)
         if self.samples > 1 and self.temperature == 0:
             faults.append(_fault(("samples",), "needs a temperature above 0: at 0 all answers are the same", self.samples))

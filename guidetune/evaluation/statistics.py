@@ -226,8 +226,9 @@ def detectable(test: Mapping[str, Any], n: int) -> float | None:
         return detectable_accuracy(n, int(test["lost"]) + int(test["gained"]))
     if not test.get("ci"):
         return None
-    error = (test["ci"][1] - test["ci"][0]) / (2 * float(test.get("quantile", Z)))
-    factor = float(test.get("quantile", Z)) + NormalDist().inv_cdf(POWER)
+    quantile = float(test.get("quantile") or Z)
+    error = (test["ci"][1] - test["ci"][0]) / (2 * quantile)
+    factor = quantile + NormalDist().inv_cdf(POWER)
     return factor * error if error > 0 else None
 
 
