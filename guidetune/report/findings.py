@@ -164,20 +164,13 @@ def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
     return Comparison(mean, (mean - half, mean + half), p, n, len(parts), *counts, test="normal approximation over tasks")
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's step-down adjustment: p_(i) -> max_{j<=i} min(1, (m-j+1) p_(j)) over the m sorted p-values."""
-    adjusted, running = {}, 0.0
-    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p))
-        adjusted[key] = running
-    return adjusted
-
-
 def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Comparison]:
     """Every comparison with the instruct model by (arm, group, task label), the mean of a group under None.
 
     Each has its p after Holm's correction over the arms of the same task: the stored one, else computed here.
     """
+    from guidetune.evaluation.statistics import holm
+
     found: dict[tuple[str, str, str | None], Comparison] = {}
     stored = mapping(mapping(results.get("comparison")).get("groups"))
     for name, arm in arms_of(results).items():
@@ -280,6 +273,7 @@ def _clause(
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     """One sentence per arm that claims no more than the paired tests allow."""
+
     arms = arms_of(results)
     reference = arms.get(REFERENCE, {})
     means = {(arm, group): part for (arm, group, label), part in comparisons(results).items() if label is None}

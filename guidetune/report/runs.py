@@ -22,7 +22,6 @@ from guidetune.report.findings import (
     arms_of,
     compare_task,
     failed,
-    holm,
     mapping,
     smaller_is_better,
     tasks_of,
@@ -207,6 +206,8 @@ def _code_note(one: Run, two: Run, group: str, label: str) -> tuple[str, str]:
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """Every arm and task with its score in each run, and the paired difference to the first run that has it, corrected over arms."""
+    from guidetune.evaluation.statistics import holm
+
     found = []
     for group in GROUPS:
         for label in dict.fromkeys(label for run in runs for arm in run.arms.values() for label in tasks_of(arm, group)):

@@ -11,8 +11,9 @@ import pytest
 
 from guidetune import report
 from guidetune.errors import BadInput
+from guidetune.evaluation.statistics import holm
 from guidetune.report import numbers
-from guidetune.report.findings import breakdown, compare_group, compare_task, comparisons, holm, natural, signal_ends, verdicts
+from guidetune.report.findings import breakdown, compare_group, compare_task, comparisons, natural, signal_ends, verdicts
 
 
 @pytest.fixture(scope="module")
