@@ -133,4 +133,12 @@ def read_results(run: Path) -> dict[str, Any]:
         raise BadInput(f"cannot read {path}: {error}; start the run again to write it anew") from None
     if not isinstance(results, dict):
         raise BadInput(f"{path} holds a {type(results).__name__}, not an object; start the run again to write it anew")
-    return results
+    return _as_run(results)
+
+
+def _as_run(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of `guidetune eval` in the shape of a run with one arm."""
+    if "arms" in results or not isinstance(results.get("tasks"), Mapping):
+        return results
+    arm = {"status": "ok", "task": results["tasks"], "general": {}, "fingerprint": results.get("fingerprint")}
+    return {**results, "kind": "eval", "arms": {str(results.get("model") or "model"): arm}}

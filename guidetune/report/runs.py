@@ -120,15 +120,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
         problems.append("a comparison of runs needs at least two of them")
     if problems:
         raise BadInput(problems)
-    return [Run(name, folder, _as_run(results)) for name, (folder, results) in zip(_names(found), found, strict=True)]
-
-
-def _as_run(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Results of `guidetune eval` in the shape of a run with one arm."""
-    if "arms" in results or not isinstance(results.get("tasks"), Mapping):
-        return results
-    arm = {"status": "ok", "task": results["tasks"], "general": {}, "fingerprint": results.get("fingerprint")}
-    return {**results, "kind": "eval", "arms": {str(results.get("model") or "model"): arm}}
+    return [Run(name, folder, results) for name, (folder, results) in zip(_names(found), found, strict=True)]
 
 
 def _names(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[str]:

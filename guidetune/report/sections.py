@@ -44,7 +44,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     heatmaps, not_mapped = heatmap.collect(run, results)
     return {
         "title": str(results.get("name") or run.name or "run"),
-        "kind": "comparison" if results.get("kind") == "compare" else "run",
+        "kind": {"compare": "comparison", "eval": "evaluation"}.get(str(results.get("kind")), "run"),
         "created": moment(results.get("created")),
         "seconds": numbers.finite(results.get("seconds")),
         "models": _models(results),
@@ -217,7 +217,8 @@ def _scales(results: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any
             sweeps[str(name)] = drawn | {"criterion": ", on ".join(words), "said": [str(text) for text in sweep.get("verdict") or []]}
     if not sweeps:
         return None
-    return {"svg": _markup(plots.scale_sweep(sweeps, palette)), "sweeps": sweeps, "table": table}
+    said = [text for sweep in sweeps.values() for text in sweep["said"]]
+    return {"svg": _markup(plots.scale_sweep(sweeps, palette)), "sweeps": sweeps, "table": table, "said": said}
 
 
 def _score_of(part: Mapping[str, Any], group: str) -> float | None:
