@@ -147,8 +147,6 @@ def measured(run: Run, group: str, label: str) -> dict[str, Measurement]:
         key = mapping((finished(path.parent) or {}).get("key")) if path else {}
         items = str(key.get("items") or (_content(path) if path else ""))
         settings = {k: key.get(k) for k in SETTINGS if k in key}
-        if not settings.get("temperature"):
-            settings.pop("seed", None)  # nothing was drawn
         found[name] = Measurement(items, str(result.get("metric")), settings, key.get("code"), smaller_is_better(result))
     return found
 
@@ -166,14 +164,12 @@ def _obstacle(one: Measurement, two: Measurement) -> str:
         return "other items"
     if one.metric != two.metric:
         return f"other metric ({one.metric}, {two.metric})"
-    other = [words for key, words in SETTINGS.items() if one.settings.get(key) != two.settings.get(key)]
-    plain = [
-        f"{SETTINGS[key]} {one.settings.get(key)} and {two.settings.get(key)}"
-        if isinstance(one.settings.get(key), (int, float)) and isinstance(two.settings.get(key), (int, float))
-        else SETTINGS[key]
-        for key in SETTINGS
-        if SETTINGS[key] in other
-    ]
+    drawn = one.settings.get("temperature") and two.settings.get("temperature")  # else no seed was used
+    plain = []
+    for key, words in SETTINGS.items():
+        a, b = one.settings.get(key), two.settings.get(key)
+        if a != b and (drawn or key != "seed"):
+            plain.append(f"{words} {a} and {b}" if isinstance(a, (int, float)) and isinstance(b, (int, float)) else words)
     return f"other settings: {', '.join(plain)}" if plain else ""
 
 
