@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_BYTES = 2_900_000
 
 
 def write(run: Path, out: Path | None = None, export: Path | None = None) -> Path:
@@ -32,7 +33,7 @@ def write(run: Path, out: Path | None = None, export: Path | None = None) -> Pat
     run = Path(run)
     results = read_results(run)
     values = sections.page(run, results)
-    target = _save(out or run / "report.html", _render("report.html.j2", values))
+    target = _save(out or run / "report.html", _fitted(run, results, values))
     if export is not None:
         sheets.export(sheets.of_page(values, results), Path(export))
     return target
@@ -65,7 +66,18 @@ def _save(target: Path, text: str) -> Path:
 
 def render(run: Path, results: Mapping[str, Any]) -> str:
     """The page as text; `run` is the folder that relative paths in `results` start from."""
-    return _render("report.html.j2", sections.page(run, results))
+    return _fitted(run, results, sections.page(run, results))
+
+
+def _fitted(run: Path, results: Mapping[str, Any], values: dict[str, Any]) -> str:
+    """The page; where it would be larger than `MAX_BYTES`, with fewer items in its browser."""
+    text = _render("report.html.j2", values)
+    if (excess := len(text.encode("utf-8")) - MAX_BYTES) > 0:
+        start = text.index('<section id="items">')
+        taken = len(text[start : text.index("</section>", start)].encode("utf-8"))
+        room = max(0.0, 0.8 * (taken - 1.2 * excess))  # what an item will take is an estimate
+        text = _render("report.html.j2", values | sections.browser(run, results, room))
+    return text
 
 
 def _render(template: str, values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from guidetune.report.findings import GROUPS, REFERENCE, arms_of, labels, mappin
 from guidetune.report.text import clean, clip, escaped_size
 
 TEXT_LIMIT = 1200  # characters of one prompt or output
-SIZE_LIMIT = 1_100_000  # bytes of all items in the page
+SIZE_LIMIT = 1_100_000.0  # bytes of all items in the page
 PER_KIND = 10  # items of one task that an arm gained, and as many that it lost
 UNCHANGED = 2  # items of one task that no arm changed, right and wrong
 ENTRY = 260  # bytes that one line of a list takes
@@ -204,12 +204,12 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def collect(run: Path, results: Mapping[str, Any]) -> tuple[list[TaskItems], list[str]]:
-    """The items to show by task, and what could not be shown and why."""
+def collect(run: Path, results: Mapping[str, Any], room: float = SIZE_LIMIT) -> tuple[list[TaskItems], list[str]]:
+    """The items to show by task, in at most `room` bytes of the page, and what could not be shown and why."""
     arms = arms_of(results)
     found: list[TaskItems] = []
     missing: list[str] = []
-    budget = float(SIZE_LIMIT)
+    budget = room
     names = [(group, label) for group in GROUPS for label in labels(results, group)]
     for position, (group, label) in enumerate(names):
         scores: dict[str, _Scores] = {}

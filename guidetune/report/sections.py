@@ -40,7 +40,6 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows, each part already worded, or None where the run does not have it."""
     arms = arms_of(results)
     palette = plots.Palette(list(arms), REFERENCE)
-    browser, not_shown = samples.collect(run, results)
     heatmaps, not_mapped = heatmap.collect(run, results)
     return {
         "title": str(results.get("name") or run.name or "run"),
@@ -71,10 +70,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "curves": _curves(results, arms, palette),
         "heatmaps": heatmaps,
         "heatmaps_missing": not_mapped,
-        "browser": browser,
-        "browser_missing": not_shown,
-        "per_kind": samples.PER_KIND,
-        "text_limit": samples.TEXT_LIMIT,
+        **browser(run, results),
         "ledger": _ledger(run, results),
         "transfer": _transfer(arms),
         "costs": _costs(run, results, arms),
@@ -85,6 +81,12 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprints": provenance.fingerprints(run, results),
         "stages": provenance.stages(run),
     }
+
+
+def browser(run: Path, results: Mapping[str, Any], room: float = samples.SIZE_LIMIT) -> dict[str, Any]:
+    """The browser of gained and lost items within `room` bytes."""
+    found, missing = samples.collect(run, results, room)
+    return {"browser": found, "browser_missing": missing, "per_kind": samples.PER_KIND, "text_limit": samples.TEXT_LIMIT}
 
 
 def moment(value: Any) -> str:

@@ -426,6 +426,16 @@ def test_a_large_comparison_stays_small(make_run) -> None:
     assert all(f"task number {i}" in page.words for i in range(10)) and all(name in page.words for name in TEN)
 
 
+def test_a_page_that_would_be_too_large_shows_fewer_items(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guidetune.report import html
+
+    run = make_run(n=60, arms=("instruct", "gift"))
+    whole = page_of(run)[1]
+    monkeypatch.setattr(html, "MAX_BYTES", len(whole.encode()) - 5_000)
+    page, text = page_of(run)
+    assert 5_000 <= len(whole.encode()) - len(text.encode()) <= 25_000 and "Gained and lost items" in page.words and "Provenance" in page.words
+
+
 @pytest.mark.slow
 def test_ten_arms_ten_tasks_of_two_thousand_items_stay_small(make_run) -> None:
     from conftest import every_field
