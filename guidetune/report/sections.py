@@ -57,6 +57,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": seed_rows(results),
         "details": _details(results),
         "pairs": _pairs(results, arms),
+        "notes": _notes(arms),
         "colour": palette.index,
         "forest": _forest(arms, palette),
         "evaluated": any(labels(results, group) for group in GROUPS),
@@ -148,6 +149,19 @@ def _sentences(results: Mapping[str, Any]) -> list[str]:
         str(mapping(entry).get("verdict")) for group in mapping(comparison.get("groups")).values() for entry in mapping(group).values()
     }
     return [str(text) for text in comparison.get("verdict") or [] if str(text).strip() and str(text) not in of_arms]
+
+
+def _notes(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(task, note) of everything that a task says about its own results, once each, with the arms where not all say it."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for name, arm in arms.items():
+        for group in GROUPS:
+            for label, result in tasks_of(arm, group).items():
+                notes = result.get("notes") or []
+                for note in [notes] if isinstance(notes, str) else notes:
+                    said.setdefault((label, str(note)), []).append(name)
+    asked = {key: sum(key[0] in {**tasks_of(arm, "task"), **tasks_of(arm, "general")} for arm in arms.values()) for key in said}
+    return [(label, note if len(names) == asked[label, note] else f"{note} ({', '.join(names)})") for (label, note), names in said.items()]
 
 
 def _pairs(results: Mapping[str, Any], arms: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ def of_page(page: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[She
             for t in (one["test"],)
         ],
     )
+    yield Sheet("notes", "What tasks say about their results", ["task", "note"], page["notes"])
     yield Sheet(
         "pairs",
         "Arms against each other",

@@ -371,6 +371,9 @@ def every_field(results: dict[str, Any]) -> None:
                 "pass": [1 - (1 - p) ** k for k in (1, 2, 4, 8)],
                 "maj": [p, p, min(1, p * 1.1), min(1, p * 1.15)],
             }
+    for name, arm in results["arms"].items():
+        for result in arm["task"].values():
+            result["notes"] = ["Refusals are found by a list of phrases."] + (["Two programs were stopped."] if name == "gift" else [])
     results["comparison"] = {
         "correction": "holm",
         "alpha": 0.05,

@@ -205,6 +205,8 @@ def test_what_only_some_runs_have_is_shown_where_it_is(full: tuple[Path, Page, s
         "most task gain with at most 0.02 lost on general skills, on validation",
         "sft at scale 0.75 in words.",
         "11,763",
+        "word_problems: Refusals are found by a list of phrases.",
+        "word_problems: Two programs were stopped. (gift)",
         "0.061",
     ):
         assert said in words, said
@@ -433,7 +435,9 @@ def test_a_page_that_would_be_too_large_shows_fewer_items(make_run, monkeypatch:
     whole = page_of(run)[1]
     monkeypatch.setattr(html, "MAX_BYTES", len(whole.encode()) - 5_000)
     page, text = page_of(run)
-    assert 5_000 <= len(whole.encode()) - len(text.encode()) <= 25_000 and "Gained and lost items" in page.words and "Provenance" in page.words
+    assert (
+        5_000 <= len(whole.encode()) - len(text.encode()) <= 25_000 and "Gained and lost items" in page.words and "Provenance" in page.words
+    )
 
 
 @pytest.mark.slow

@@ -155,7 +155,8 @@ def test_every_table_is_exported_as_csv_and_markdown(tmp_path: Path, two: tuple[
     report.write_comparison(two, tmp_path / "two.html", tmp_path / "both")
     names = {path.stem for path in (tmp_path / "tables").glob("*.csv")}
     assert names == {
-        "arms", "verdict", "tests", "pairs", "seeds", "gain-and-retention", "scales", "skills", "difficulty", "samples", "confidence",
+        "arms", "verdict", "tests", "notes", "pairs",
+        "seeds", "gain-and-retention", "scales", "skills", "difficulty", "samples", "confidence",
         "signal", "gained-and-lost", "loss", "ledger", "dropped", "transfer", "costs", "budget", "provenance",
     }  # fmt: skip
     assert {path.stem for path in (tmp_path / "both").glob("*.md")} == {"runs", "scores", "recipe-differences", "surroundings", "costs"}
