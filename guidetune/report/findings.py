@@ -167,7 +167,8 @@ def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
 def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Comparison]:
     """Every comparison with the instruct model by (arm, group, task label), the mean of a group under None.
 
-    Each has its p after Holm's correction over the arms of the same task: the stored one, else computed here.
+    An arm with several seeds is compared over seeds and items, where that test was made. Each has its p after Holm's correction over the
+    arms of the same task: the stored one, else computed here.
     """
     from guidetune.evaluation.statistics import holm
 
@@ -178,7 +179,7 @@ def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None],
             continue
         for group in GROUPS:
             for label, result in tasks_of(arm, group).items():
-                if (part := compare_task(result)) is not None:
+                if (part := compare_over_seeds(arm, group, label) or compare_task(result)) is not None:
                     found[name, group, label] = part
             if (part := compare_group(arm, group)) is not None:
                 found[name, group, None] = _stored(part, mapping(mapping(stored.get(group)).get(name)))
@@ -188,6 +189,17 @@ def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None],
             if members[key].p_adjusted is None:
                 found[key] = replace(members[key], p_adjusted=p)
     return found
+
+
+def over_seeds(arm: Mapping[str, Any], group: str, label: str) -> dict[str, Any]:
+    """Mean, spread and test of one task over an arm's seeds; empty when it was not repeated."""
+    return mapping(mapping(mapping(arm.get("over_seeds")).get(group)).get(label))
+
+
+def compare_over_seeds(arm: Mapping[str, Any], group: str, label: str) -> Comparison | None:
+    """The test of one task over seeds and items, where the run made one."""
+    test = over_seeds(arm, group, label).get("vs_instruct")
+    return compare_task({**tasks_of(arm, group).get(label, {}), "vs_instruct": test}) if test else None
 
 
 def _stored(part: Comparison, entry: Mapping[str, Any]) -> Comparison:
@@ -224,11 +236,16 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arm in words. `tone` is "reference", "better", "worse", "mixed", "even", "unknown" or "failed"."""
+    """One arm in words: `parts` on the task and on general skills. `tone`: reference, better, worse, mixed, even, unknown or failed."""
 
     arm: str
-    text: str
+    parts: tuple[str, ...]
     tone: str
+
+    @property
+    def text(self) -> str:
+        """All parts on one line."""
+        return " ".join(self.parts)
 
 
 def _n(comparison: Comparison) -> str:
@@ -281,10 +298,10 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     said = []
     for name, arm in arms.items():
         if failed(arm):
-            said.append(Verdict(name, f"failed: {arm.get('error') or 'no reason was recorded'}", "failed"))
+            said.append(Verdict(name, (f"failed: {arm.get('error') or 'no reason was recorded'}",), "failed"))
             continue
         if name == REFERENCE:
-            said.append(Verdict(name, _reference_text(arm), "reference"))
+            said.append(Verdict(name, (_reference_text(arm),), "reference"))
             continue
         clauses = [
             _clause(word, arm, reference, group, means.get((name, group)), sum(key[1] == group for key in adjusted))
@@ -292,14 +309,16 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
         ]
         stated = [clause for clause in clauses if clause]
         if not stated:
-            said.append(Verdict(name, "not evaluated: nothing can be said about its gain or its forgetting.", "unknown"))
+            said.append(Verdict(name, ("not evaluated: nothing can be said about its gain or its forgetting.",), "unknown"))
             continue
-        text = "; ".join(stated) + "."
+        parts = [f"{clause}." for clause in stated]
+        if len(parts) > 1 and not any(part.verdict for (arm_, _), part in means.items() if arm_ == name):
+            parts = ["; ".join(stated) + "."]
         if clauses[0] and not clauses[1]:
-            text += " General skills were not measured, so forgetting is unknown."
+            parts.append("General skills were not measured, so forgetting is unknown.")
         elif clauses[1] and not clauses[0]:
-            text += " The task was not measured, so the gain is unknown."
-        said.append(Verdict(name, text, _tone({group: means.get((name, group)) for group in GROUPS}, name, adjusted)))
+            parts.append("The task was not measured, so the gain is unknown.")
+        said.append(Verdict(name, tuple(parts), _tone({group: means.get((name, group)) for group in GROUPS}, name, adjusted)))
     return said
 
 

@@ -435,7 +435,7 @@ def scale_sweep(sweeps: Mapping[str, Mapping[str, Any]], palette: Palette) -> st
                     for point in known:
                         if sweep["chosen"] is not None and abs(point[0] - sweep["chosen"]) < 1e-9:
                             ax.plot(point[across], point[up], marker="o", ms=11, mfc="none", mec=palette.colour(name), mew=1.3, ls="none")
-                        if across and last:
+                        if across and last and (point in (known[0], known[-1]) or point[0] == sweep["chosen"]):
                             ax.annotate(
                                 f"{point[0]:g}", (point[across], point[up]), xytext=(5, 4), textcoords="offset points", fontsize=6.8
                             )

@@ -55,6 +55,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "arms": _arms(results, arms),
         "seeds": seed_rows(results),
+        "over_seeds": any(row.comparison is not None for row in seed_rows(results)),
         "details": _details(results),
         "pairs": _pairs(results, arms),
         "notes": _notes(arms),
@@ -229,12 +230,18 @@ def _scales(results: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any
             is_chosen = chosen is not None and abs(scale - chosen) < 1e-9
             table.append({"arm": str(name), "scale": scale, "chosen": is_chosen, "validation": means[0], "test": means[1], "tests": tests})
         if drawn["validation"]:
-            words = [str(sweep[key]) for key in ("criterion", "chosen_on") if sweep.get(key)]
-            sweeps[str(name)] = drawn | {"criterion": ", on ".join(words), "said": [str(text) for text in sweep.get("verdict") or []]}
+            criterion, where = (str(sweep.get(key) or "") for key in ("criterion", "chosen_on"))
+            if where and where not in criterion:
+                criterion = f"{criterion}, on {where}".removeprefix(", ")
+            sweeps[str(name)] = drawn | {"criterion": criterion, "said": [str(text) for text in sweep.get("verdict") or []]}
     if not sweeps:
         return None
     said = [text for sweep in sweeps.values() for text in sweep["said"]]
-    return {"svg": _markup(plots.scale_sweep(sweeps, palette)), "sweeps": sweeps, "table": table, "said": said}
+    criteria: dict[str, list[str]] = {}
+    for name, sweep in sweeps.items():
+        criteria.setdefault(sweep["criterion"], []).append(name)
+    criteria.pop("", None)
+    return {"svg": _markup(plots.scale_sweep(sweeps, palette)), "sweeps": sweeps, "table": table, "said": said, "criteria": criteria}
 
 
 def _score_of(part: Mapping[str, Any], group: str) -> float | None:

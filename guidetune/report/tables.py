@@ -16,12 +16,13 @@ from guidetune.report.findings import (
     Comparison,
     arms_of,
     averaged,
-    compare_task,
+    compare_over_seeds,
     comparisons,
     failed,
-    group_mean,
     labels,
     mapping,
+    over_seeds,
+    shown_mean,
     tasks_of,
 )
 from guidetune.report.text import clean
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of one arm: a task, or the mean of a group with several tasks (`group_row`)."""
+    """One measure of one arm: a task, or the mean of a group with several tasks (`group_row`); a mean over seeds has its `sd`, not `ci`."""
 
     arm: str
     group: str
@@ -42,6 +43,13 @@ class Row:
     n: int | None
     comparison: Comparison | None
     group_row: bool = False
+    sd: float | None = None
+    seeds: int = 1
+
+    @property
+    def spread(self) -> str:
+        """What stands behind the score: its interval, or the standard deviation over seeds."""
+        return f"± {numbers.score(self.sd)}" if self.sd is not None else numbers.interval(self.ci, 2) if self.ci else ""
 
 
 def rows_of(results: Mapping[str, Any], name: str, arm: Mapping[str, Any]) -> list[Row]:
@@ -55,19 +63,23 @@ def rows_of(results: Mapping[str, Any], name: str, arm: Mapping[str, Any]) -> li
         for label in labels(results, group):
             result = tasks.get(label, {})
             n = numbers.finite(result.get("n"))
+            over = over_seeds(arm, group, label)
+            repeated = bool(over.get("vs_instruct"))  # what is tested is what is shown
             rows.append(
                 Row(
                     name,
                     group,
                     label,
-                    numbers.finite(result.get("score")),
-                    numbers.interval_ends(result.get("ci")),
+                    numbers.finite(over.get("mean") if repeated else result.get("score")),
+                    None if repeated else numbers.interval_ends(result.get("ci")),
                     None if n is None else int(n),
                     known.get((name, group, label)),
+                    sd=numbers.finite(over.get("sd")) if repeated else None,
+                    seeds=len(over.get("scores") or []) if repeated else 1,
                 )
             )
         if len(averaged(arm, group)) > 1:
-            rows.append(Row(name, group, f"{group} mean", group_mean(arm, group), None, None, known.get((name, group, None)), True))
+            rows.append(Row(name, group, f"{group} mean", shown_mean(arm, group), None, None, known.get((name, group, None)), True))
     return rows
 
 
@@ -136,7 +148,7 @@ def arms_table(results: Mapping[str, Any]) -> Table:
         for i, row in enumerate(rows):
             style = "bold" if row.group_row else ""
             part = row.comparison
-            score = numbers.score(row.score) + (f" {numbers.interval(row.ci, 2)}" if row.ci else "")
+            score = f"{numbers.score(row.score)} {row.spread}".rstrip()
             if name == REFERENCE:
                 difference = Text("reference" if i == 0 else "", style="dim")
             elif part is None:
@@ -173,6 +185,8 @@ _COLUMNS = [
     "score",
     "ci_low",
     "ci_high",
+    "sd",
+    "seeds",
     "n",
     "gain_vs_instruct",
     "gain_ci_low",
@@ -198,7 +212,7 @@ def records(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(base)
         for row in rows:
             part = row.comparison
-            record = base | {"group": row.group, "measure": row.label, "score": row.score, "n": row.n}
+            record = base | {"group": row.group, "measure": row.label, "score": row.score, "sd": row.sd, "seeds": row.seeds, "n": row.n}
             record |= {"ci_low": row.ci[0] if row.ci else None, "ci_high": row.ci[1] if row.ci else None}
             if part is not None:
                 record |= {
@@ -263,7 +277,7 @@ def markdown(results: Mapping[str, Any], only: Collection[str] | None = None) ->
             lines.append(f"| {markdown_text(name)} | not evaluated | | | | | | {time} |")
         for i, row in enumerate(rows):
             part = row.comparison
-            score = numbers.score(row.score) + (f" {numbers.interval(row.ci)}" if row.ci else "")
+            score = numbers.score(row.score) + (f" {numbers.interval(row.ci)}" if row.ci else f" {row.spread}" if row.spread else "")
             change = "reference" if name == REFERENCE else ""
             if part is not None:
                 change = numbers.signed(part.gain) + (f" {numbers.interval(part.ci)}" if part.ci else "")
@@ -302,8 +316,7 @@ def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
                 spread = mapping(mapping(over.get(group)).get(label)) or {"mean": one, "sd": None, "scores": [one]}
                 scores = [v for v in map(numbers.finite, spread.get("scores") or []) if v is not None]
                 mean, sd = numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd"))
-                part = compare_task({**tasks_of(arm, group)[label], "vs_instruct": spread.get("vs_instruct")})
-                rows.append(SeedRow(name, label, group, mean, sd, scores, part))
+                rows.append(SeedRow(name, label, group, mean, sd, scores, compare_over_seeds(arm, group, label)))
     return rows
 
 
