@@ -179,9 +179,16 @@ def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None],
             continue
         for group in GROUPS:
             for label, result in tasks_of(arm, group).items():
-                if (part := compare_over_seeds(arm, group, label) or compare_task(result)) is not None:
-                    found[name, group, label] = part
-            if (part := compare_group(arm, group)) is not None:
+                first = compare_task(result)
+                if (part := compare_over_seeds(arm, group, label) or first) is not None:
+                    # a test over seeds has no single item that was kept or lost
+                    counts = {} if first is None else {key: getattr(first, key) for key in ("kept", "lost", "gained")}
+                    found[name, group, label] = replace(part, **counts)
+            counted = {
+                label: {**result, "vs_instruct": over_seeds(arm, group, label).get("vs_instruct") or result.get("vs_instruct")}
+                for label, result in tasks_of(arm, group).items()
+            }
+            if (part := compare_group({group: counted}, group)) is not None:
                 found[name, group, None] = _stored(part, mapping(mapping(stored.get(group)).get(name)))
     for family in {key[1:] for key in found}:
         members = {key: part for key, part in found.items() if key[1:] == family and part.p is not None}

@@ -124,6 +124,19 @@ def test_the_stored_correction_comes_before_ones_own() -> None:
     )
 
 
+def test_what_is_tested_over_seeds_is_what_is_shown() -> None:
+    from guidetune.report.tables import records
+
+    arms = _arms(0.001)
+    test = {"diff": 0.02, "ci": [-0.04, 0.08], "p": 0.5, "p_adjusted": 0.7, "test": "t over seeds and items"}
+    arms["arm 0"]["over_seeds"] = {"task": {"t": {"mean": 0.42, "sd": 0.03, "scores": [0.45, 0.39], "vs_instruct": test}}}
+    _, row = records({"arms": arms})
+    assert (row["score"], row["sd"], row["seeds"], row["ci_low"]) == (0.42, 0.03, 2, None)
+    assert (row["gain_vs_instruct"], row["p"], row["p_adjusted"]) == (0.02, 0.5, 0.7)
+    assert (row["kept"], row["lost"], row["gained"]) == (90, 5, 9), "counts of items are the first seed's"
+    assert "0.420 ± 0.030" in report.markdown({"arms": arms}) and verdicts({"arms": arms})[1].tone != "better"
+
+
 def test_the_sentence_follows_p_where_p_and_interval_disagree() -> None:
     assert "not distinguishable" in _said({"t": _result(0.05, [0.001, 0.1], 0.056)}, {})["gift"]
 
