@@ -76,7 +76,10 @@ class Measurement:
 
 @dataclass
 class Cell:
-    """One arm's score in one run; `against` is the paired difference to the first run, `reason` why there is none, `note` what to mind."""
+    """One arm's score in one run.
+
+    `against` is the paired difference to the first run that has the arm (`to`), `reason` why there is none, `note` what to mind.
+    """
 
     score: float | None = None
     ci: tuple[float, float] | None = None
@@ -84,6 +87,7 @@ class Cell:
     against: Comparison | None = None
     reason: str = ""
     note: str = ""
+    to: str = ""
 
 
 @dataclass
@@ -231,6 +235,7 @@ def _line(runs: Sequence[Run], how: Sequence[Mapping[str, Measurement]], name: s
         line.cells.append(cell)
         if order == first:
             continue
+        cell.to = runs[first].name
         cell.reason = _obstacle(how[first][name], how[order][name])
         if not cell.reason and how[first][name].code != how[order][name].code:
             cell.reason, cell.note = _code_note(runs[first], run, group, label)
@@ -326,7 +331,8 @@ def sentences(runs: Sequence[Run], found: Sequence[Line], recipe: Sequence[tuple
     if not found or not any(sum(cell.score is not None for cell in line.cells) > 1 for line in found):
         said.append("The runs have no task in common that the same arm was evaluated on: their scores cannot be set against each other.")
     for order, run in enumerate(runs[1:], start=1):
-        tested = [(line, cell.against) for line in found if (cell := line.cells[order]).against is not None]
+        first = runs[0].name
+        tested = [(line, cell.against) for line in found if (cell := line.cells[order]).against is not None and cell.to == first]
         moved = [(line, part) for line, part in tested if part is not None and part.holds]
         reasons = {cell.reason for line in found if (cell := line.cells[order]).reason}
         if tested:
@@ -439,6 +445,7 @@ def sheets(values: Mapping[str, Any]) -> Iterator[Sheet]:
                         cell.score,
                         *(cell.ci or (None, None)),
                         cell.n,
+                        cell.to or None,
                         *tested,
                         cell.reason or cell.note or None,
                     )
@@ -455,7 +462,8 @@ def sheets(values: Mapping[str, Any]) -> Iterator[Sheet]:
             "ci_low",
             "ci_high",
             "n",
-            "against_first",
+            "against",
+            "difference",
             "diff_ci_low",
             "diff_ci_high",
             "p",

@@ -106,6 +106,14 @@ def test_other_items_and_other_settings_are_not_subtracted(two: tuple[Path, Path
     assert changed and all(not ok and "scores the same model (instruct) differently on" in reason for ok, reason, _ in changed)
 
 
+def test_an_arm_that_the_first_run_lacks_is_compared_with_the_next(two: tuple[Path, Path], tmp_path: Path) -> None:
+    without = build_run(tmp_path / "without", arms=("instruct",), n=80, change=_changed("without"))
+    page = runs.page([without, *two])
+    line = next(line for line in page["lines"] if (line.arm, line.label) == ("gift", "word_problems"))
+    assert [cell.to for cell in line.cells] == ["", "", "word-problems-gift"] and line.cells[2].against is not None
+    assert page["sentences"][1].startswith("slower against without, 2 paired tests"), "only those against the first run are counted as its"
+
+
 def test_what_cannot_be_compared_is_refused_all_at_once(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput) as error:
         runs.read([two[0], tmp_path / "gone", two[0]])
