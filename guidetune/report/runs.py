@@ -65,9 +65,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How a task was put: the content of its items, the settings, the metric."""
+    """How a task was put: a digest of its items and the file with their results, the settings, the metric."""
 
     items: str
+    path: Path | None
     metric: str
     settings: Mapping[str, Any]
     code: Any
@@ -149,22 +150,23 @@ def measured(run: Run, group: str, label: str) -> dict[str, Measurement]:
             continue
         path = run.items(name, group, label)
         key = mapping((finished(path.parent) or {}).get("key")) if path else {}
-        items = str(key.get("items") or (_content(path) if path else ""))
+        items = str(key.get("items") or "")
         settings = {k: key.get(k) for k in SETTINGS if k in key}
-        found[name] = Measurement(items, str(result.get("metric")), settings, key.get("code"), smaller_is_better(result))
+        found[name] = Measurement(items, path, str(result.get("metric")), settings, key.get("code"), smaller_is_better(result))
     return found
 
 
 def _content(path: Path) -> str:
-    """A digest of what a per-item file asks, where no manifest tells it."""
+    """A digest of what a per-item file asks."""
     return fingerprint([[item["id"], item.get("prompt"), item.get("reference")] for _, item in read_lines(path)])
 
 
 def _obstacle(one: Measurement, two: Measurement) -> str:
     """Why two scores of a task cannot be set against each other, or nothing."""
-    if not one.items or not two.items:
+    if one.path is None or two.path is None:
         return "per-item results are missing"
-    if one.items != two.items:
+    known = one.items and one.items == two.items
+    if not known and _content(one.path) != _content(two.path):
         return "other items"
     if one.metric != two.metric:
         return f"other metric ({one.metric}, {two.metric})"
@@ -239,11 +241,13 @@ def _line(runs: Sequence[Run], how: Sequence[Mapping[str, Measurement]], name: s
         cell.reason = _obstacle(how[first][name], how[order][name])
         if not cell.reason and how[first][name].code != how[order][name].code:
             cell.reason, cell.note = _code_note(runs[first], run, group, label)
+        if not cell.reason and not cell.note and how[first][name].items != how[order][name].items:
+            cell.note = "ids, prompts and references of the items are the same; whether the whole of what was asked is, cannot be told"
         if cell.reason:
             continue
         old = tasks_of(runs[first].arms[name], group)[label]
         mine, theirs = run.items(name, group, label), runs[first].items(name, group, label)
-        assert mine is not None and theirs is not None  # else there would be no digest of the items
+        assert mine is not None and theirs is not None  # `_obstacle` has looked
         try:
             better = not smaller_is_better(result)
             paired = paired_results(

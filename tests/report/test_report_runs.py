@@ -101,6 +101,8 @@ def test_other_items_and_other_settings_are_not_subtracted(two: tuple[Path, Path
     assert reasons(seed=2) == {(True, "", "")}, "a greedy answer does not depend on the seed"
     assert reasons(temperature=0.7) == {(False, "other settings: temperature 0.0 and 0.7", "")}
     assert reasons(chat="c") == {(False, "other settings: chat template", "")}
+    ((ok, reason, note),) = reasons(items="digest of another version")
+    assert ok and not reason and note.startswith("ids, prompts and references of the items are the same")
     assert reasons(code="new") == {(True, "", "other version of the evaluation's code, which scores instruct the same, item by item")}
     changed = reasons(code="new", rewrite=_harder)
     assert changed and all(not ok and "scores the same model (instruct) differently on" in reason for ok, reason, _ in changed)
