@@ -101,8 +101,10 @@ class Line:
     cells: list[Cell] = field(default_factory=list)
 
     @property
-    def comparable(self) -> bool:
-        return sum(cell.score is not None for cell in self.cells) > 1 and not any(cell.reason for cell in self.cells)
+    def comparable(self) -> list[Cell | None]:
+        """The cells that can be set against each other, None for the others; empty when there are fewer than two."""
+        cells = [None if cell.score is None or cell.reason else cell for cell in self.cells]
+        return cells if len(cells) - cells.count(None) > 1 else []
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
@@ -383,7 +385,7 @@ def page(folders: Sequence[Path]) -> dict[str, Any]:
     arms = list(dict.fromkeys(name for run in runs for name in run.arms))
     run_palette, arm_palette = plots.Palette(names, names[0]), plots.Palette(arms, REFERENCE)
     drawn = [
-        (f"{line.arm} · {line.label}", [None if cell.score is None else (cell.score, cell.ci) for cell in line.cells])
+        (f"{line.arm} · {line.label}", [(cell.score, cell.ci) if cell else None for cell in line.comparable])
         for line in found
         if line.comparable
     ][:60]
