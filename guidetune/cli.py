@@ -6,7 +6,6 @@ import functools
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,6 +14,7 @@ import typer
 
 from guidetune import processes, threads
 from guidetune.errors import BadInput, RunFailed
+from guidetune.progress import hush
 
 if TYPE_CHECKING:
     from guidetune.recipe import Recipe
@@ -149,8 +149,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     threads.settle()
-    # peft still asks transformers by an attribute's old name; nothing a user could do about it
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    hush()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
@@ -226,24 +225,80 @@ def compare(
     recipe: RecipeFile,
     arms: Annotated[str, typer.Option("--arms", metavar="A,B,...", help="Arms, separated by commas.")] = "instruct,sft,graft,gift",
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat every tuned arm with N seeds.")] = 1,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", metavar="KEY=A,B", help="Every tuned arm with each value, e.g. tune.lr=1e-4,3e-4.")
+    ] = None,
+    scales: Annotated[
+        str | None, typer.Option("--scales", metavar="S,S,...", help="Also merge at these scales (0:1.5:0.25: from, to, step).")
+    ] = None,
+    pick: Annotated[
+        str, typer.Option("--pick", metavar="RULE", help="How a scale is picked on validation items: retain or mean.")
+    ] = "retain",
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", min=0.0, help="retain: how much of the general score may be lost; 0.02: two points.")
+    ] = 0.02,
+    jobs: Annotated[
+        int, typer.Option("--jobs", metavar="N", min=1, help="Arms at a time, each in a process, as far as memory allows.")
+    ] = 1,
+    unequal_budget: Annotated[
+        bool, typer.Option("--unequal-budget", help="Allow arms that see different numbers of rows, tokens or steps.")
+    ] = False,
     sets: Sets = None,
     out: Out = None,
     max_memory: MaxMemory = None,
 ) -> None:
     """Execute several arms of a recipe side by side.
 
-    All have the same data, budget and seeds. Arms: instruct, base-sft, sft, graft, gift, gift-base, guided, dft, stm and the
-    recipe's own.
+    All have the same data, budget and seeds. Arms: instruct, base-sft, sft, graft, gift, gift-base-teacher, guided, dft, stm,
+    re-adapt and the recipe's own (docs/compare.md).
     """
     from guidetune.recipe import arms as arm_recipes
 
     loaded = _load(recipe, sets, max_memory)
     names = [name.strip() for name in arms.split(",") if name.strip()]
-    arm_recipes(loaded, names)  # a wrong name is said before anything heavy is loaded
+    arm_recipes(loaded, names, grid or ())  # a wrong name is said before anything heavy is loaded
+    if pick not in ("retain", "mean"):
+        raise BadInput(f"--pick {pick}: the rules are retain and mean")
     folder = _out(out, loaded)
     from guidetune import pipeline
+    from guidetune.comparison.scales import Selection, parse_scales
 
-    _show_run(lambda: pipeline.compare(loaded, names, folder, seeds=seeds), folder)
+    points = parse_scales(scales) if scales is not None else ()
+    selection = Selection(rule=pick, max_loss=max_loss)
+    options = {"grid": grid or (), "jobs": jobs, "scales": points, "selection": selection, "unequal_budget": unequal_budget}
+    _show_run(lambda: pipeline.compare(loaded, names, folder, seeds, **options), folder)
+
+
+@app.command()
+@verb
+def claims(
+    paper: Annotated[str | None, typer.Argument(metavar="[PAPER]", help="A paper; without one, what there is.", show_default=False)] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of every arm that is tuned.")] = 5,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the findings as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps on a few items: shows that it works, measures nothing.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Arms at a time.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: runs/claims-PAPER.")] = None,
+) -> None:
+    """Check a paper's claims on the embedded world.
+
+    Exit code 0 also when a claim does not hold: that is a finding, not a failure.
+    """
+    from guidetune import claims as registry
+
+    if paper is None:
+        for name in registry.names():
+            found = registry.load(name)
+            print(f"{name:<12} arXiv {found.paper}, {len(found.claims)} claims in {', '.join(found.settings)}: {found.title}")
+        return
+    found = registry.load(paper)
+    folder = out or Path("runs") / (f"claims-{paper}" + ("-quick" if quick else ""))
+    checked = registry.check(found, folder, seeds, quick=quick, jobs=jobs)
+    _print(registry.table(checked))
+    if json is not None:
+        from guidetune.artefacts import write_json
+
+        write_json(json, checked)
+    print(f"claims: {folder / 'claims.json'}")
 
 
 @app.command()
@@ -290,6 +345,29 @@ def guide(
     from guidetune import pipeline
 
     _print(pipeline.guide(loaded, _out(out, loaded), export=export))
+
+
+@app.command()
+@verb
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page; default: RUN/report.html or comparison.html.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Also write every table there, as CSV and Markdown.")
+    ] = None,
+) -> None:
+    """Write the page of a run again, or put several runs side by side.
+
+    Of several runs it shows which recipe keys differ and which results; scores of other items or settings are not subtracted.
+    """
+    from guidetune import report as pages
+
+    page = pages.write(runs[0], out, export) if len(runs) == 1 else pages.write_comparison(runs, out, export)
+    if export is not None:
+        print(f"tables: {export}")
+    print(f"report: {page}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,7 +583,13 @@ def _show_results(folder: Path) -> None:
     from guidetune.artefacts import read_json
     from guidetune.report.tables import arms_table
 
-    _print(arms_table(read_json(folder / "results.json")))
+    results = read_json(folder / "results.json")
+    _print(arms_table(results))
+    for line in results.get("comparison", {}).get("verdict", []):
+        print(line)
+    for name, sweep in results.get("scales", {}).items():
+        print(f"{name}: scale {sweep['chosen']:g} is {sweep['criterion']}.")
+        print("\n".join(sweep["verdict"]))
     print(f"report: {folder / 'report.html'}")
 
 

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,18 @@ from guidetune.progress import say
 from guidetune.registry import source_file
 
 if TYPE_CHECKING:
+    from guidetune.comparison.budget import Budget
+    from guidetune.comparison.scales import Selection, Sweep
     from guidetune.data.chat import Chat
     from guidetune.data.rows import EncodedRows
     from guidetune.engine.distributed import Group
     from guidetune.engine.settings import TuneSettings
     from guidetune.evaluation.evaluate import EvalSettings, Planned
     from guidetune.guidance import Guidance
+    from guidetune.models.handle import ModelHandle
     from guidetune.recipe import Evaluate, Recipe
+    from guidetune.weightspace.apply import Plan
+    from guidetune.weightspace.sources import Delta
 
 REFERENCE = "instruct"  # the arm every other is compared with
 ENGINE_VERSION = 2  # part of every tune and guide key: raise it when the same inputs give other numbers
@@ -53,13 +59,31 @@ def run(recipe: Recipe, out: Path | None = None) -> Path:
     out = Path(out or Path("runs") / recipe.name)
     arms = {} if recipe.evaluate is None or recipe.tune is None else {REFERENCE: _untuned(recipe)}
     arms[shape(recipe)] = recipe
-    return _execute("run", recipe, arms, out, seeds=1)
+    return _execute("run", recipe, arms, out, _How())
 
 
-def compare(recipe: Recipe, arms: Sequence[str], out: Path | None = None, seeds: int = 1) -> Path:
+def compare(
+    recipe: Recipe,
+    arms: Sequence[str],
+    out: Path | None = None,
+    seeds: int = 1,
+    *,
+    grid: Sequence[str] = (),
+    jobs: int = 1,
+    scales: Sequence[float] = (),
+    selection: Selection | None = None,
+    unequal_budget: bool = False,
+) -> Path:
     """Several arms on equal data, budget and seeds, side by side; returns the run's folder.
 
     An arm that fails does not stop the others; the failure is in the results, and raised at the end.
+
+    Args:
+        seeds: every arm that tunes is repeated with this many seeds.
+        grid: values of keys, as `tune.lr=1e-4,3e-4`: a grid of every arm that tunes.
+        jobs: arms to run at a time, each in a process of its own; fewer where memory does not allow so many.
+        scales: also merge every tuned arm at these scales, without tuning again; `selection` says how one is picked.
+        unequal_budget: go on when the arms would see different numbers of rows, tokens or steps.
 
     Raises:
         BadInput: before anything expensive has started, with every reason.
@@ -68,7 +92,19 @@ def compare(recipe: Recipe, arms: Sequence[str], out: Path | None = None, seeds:
     from guidetune.recipe import arms as arm_recipes
 
     out = Path(out or Path("runs") / recipe.name)
-    return _execute("compare", recipe, arm_recipes(recipe, list(arms)), out, seeds)
+    how = _How(seeds, jobs, tuple(scales), selection, unequal_budget)
+    return _execute("compare", recipe, arm_recipes(recipe, list(arms), grid), out, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a comparison is done; its fields are `compare`'s arguments."""
+
+    seeds: int = 1
+    jobs: int = 1
+    scales: tuple[float, ...] = ()
+    selection: Selection | None = None
+    unequal_budget: bool = False
 
 
 def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
@@ -80,37 +116,37 @@ def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
     return compare(load(Path(world.__file__).parent / "demo.yaml", limit), list(DEFAULT_ARMS), Path(out))
 
 
-def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
+def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, how: _How) -> Path:
+    from guidetune.comparison import budget, contrasts
+
     threads.settle()
     began = time.monotonic()
     group = _group()
     _check_place(out)
     job = _Job(recipe, out, kind)
-    job.check(arms)
+    job.check(arms, how)
     job.plan_memory(arms)
+    budgets = job.budgets(arms)
+    unequal = budget.differences(budgets)
+    if unequal and not how.unequal_budget and kind == "compare":
+        raise BadInput([*unequal, "a comparison of such arms says little; make them equal, or allow it with --unequal-budget"])
     group.once(lambda: write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml()))
     results = job.opening()
+    results |= {"budget": {name: spent.as_dict() for name, spent in budgets.items()}, "budget_equal": not unequal}
     failed: list[str] = []
     job.guide_first(arms)
-    for name, arm in arms.items():
-        if kind == "run":  # nothing else to save: the error is the user's to see as it is
-            results["arms"][name] = job.arm(name, arm)
-        else:
-            results["arms"][name] = _try(lambda arm=arm, name=name: job.arm(name, arm), failed, name, arm)
-    for k in range(1, seeds):
-        for name, arm in arms.items():
-            if arm.tune is not None and results["arms"][name]["status"] == "ok":
-                again = arm.model_copy(update={"tune": arm.tune.model_copy(update={"seed": arm.tune.seed + k})})
-                entry = _try(
-                    lambda again=again, name=name, k=k: job.arm(name, again, k), failed, f"{name} (seed {arm.tune.seed + k})", again
-                )
-                results["arms"][name].setdefault("seeds", []).append({"seed": again.tune.seed, **entry})
+    run_all = job.apart if how.jobs > 1 and kind == "compare" else job.in_turn
+    results["arms"] = run_all(arms, how, failed)
 
     def close() -> None:
-        job.compare_with_reference(results["arms"])
         for entry in results["arms"].values():
             if entry.get("seeds"):
                 entry["over_seeds"] = _over_seeds(entry)
+        results["comparison"] = contrasts.compare_arms(out, results["arms"])
+        results["comparison"]["verdict"] += unequal
+        swept = {name: entry.pop("scales") for name, entry in results["arms"].items() if entry.get("scales")}
+        if swept:
+            results["scales"] = swept
         results.update(job.closing())
         results["seconds"] = round(time.monotonic() - began, 1)
         write_json(out / "results.json", results)
@@ -122,6 +158,12 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
     return out
 
 
+def _again(arm: Recipe, k: int) -> Recipe:
+    """The arm with its k-th further seed."""
+    assert arm.tune is not None
+    return arm.model_copy(update={"tune": arm.tune.model_copy(update={"seed": arm.tune.seed + k})})
+
+
 def _try(work: Callable[[], dict[str, Any]], failed: list[str], name: str, arm: Recipe) -> dict[str, Any]:
     """The results of one arm, or the reason why it has none. Ctrl-C still stops everything."""
     from guidetune.engine.distributed import everywhere
@@ -131,10 +173,13 @@ def _try(work: Callable[[], dict[str, Any]], failed: list[str], name: str, arm: 
     except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError) as error:
         if os.environ.get("GUIDETUNE_DEBUG") or not everywhere(error):
             raise
-        text = str(error) or type(error).__name__
-        failed.append(f"arm {name} failed: {text}")
-        say(f"arm {name} failed: {text}")
-        return {"status": "failed", "error": text, "description": arm.description, "task": {}, "general": {}, "cost": {}}
+        return _failure(str(error) or type(error).__name__, failed, name, arm)
+
+
+def _failure(text: str, failed: list[str], name: str, arm: Recipe) -> dict[str, Any]:
+    failed.append(f"arm {name} failed: {text}")
+    say(f"arm {name} failed: {text}")
+    return {"status": "failed", "error": text, "description": arm.description, "task": {}, "general": {}, "cost": {}}
 
 
 def _untuned(recipe: Recipe) -> Recipe:
@@ -154,6 +199,7 @@ class _Job:
     recipe: Recipe
     out: Path
     kind: str
+    ordered: bool = False  # one arm, at the order of another process, which has said everything about the data
     ledger: dict[str, Any] = field(default_factory=dict)
     guidance: dict[str, Any] = field(default_factory=dict)
     pair: dict[str, Any] = field(default_factory=dict)
@@ -162,12 +208,118 @@ class _Job:
     _plans: dict[str, list[Planned]] = field(default_factory=dict)
     _evaluated: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     _folders: dict[str, Path] = field(default_factory=dict)
+    _places: dict[str, Path] = field(default_factory=dict)  # what a stage's folder holds -> that folder
     _told: set[str] = field(default_factory=set)
     _outlines: dict[str, Any] = field(default_factory=dict)
 
+    # -- one after the other, or in processes of their own ------------------------------------------------------------
+
+    def in_turn(self, arms: Mapping[str, Recipe], how: _How, failed: list[str]) -> dict[str, dict[str, Any]]:
+        """Every arm, then its further seeds, in this process."""
+        found: dict[str, dict[str, Any]] = {}
+        first = [name for name in arms if how.scales and name == REFERENCE]  # every sweep starts from it
+        for name in dict.fromkeys([*first, *arms]):
+            arm = arms[name]
+            if self.kind == "run":  # nothing else to save: the error is the user's to see as it is
+                found[name] = self.arm(name, arm)
+            else:
+                found[name] = _try(lambda arm=arm, name=name: self.arm(name, arm, how=how), failed, name, arm)
+        found = {name: found[name] for name in arms}
+        for k, name, again in _repeats(arms, found, how.seeds):
+            assert again.tune is not None
+            entry = _try(lambda again=again, name=name, k=k: self.arm(name, again, k), failed, f"{name} (seed {again.tune.seed})", again)
+            found[name].setdefault("seeds", []).append({"seed": again.tune.seed, **entry})
+        return found
+
+    def apart(self, arms: Mapping[str, Recipe], how: _How, failed: list[str]) -> dict[str, dict[str, Any]]:
+        """As `in_turn`, several at a time. What they share is made here first."""
+        from guidetune.comparison import jobs
+
+        if _group().size > 1:
+            raise BadInput(
+                "--jobs runs arms in processes of their own, and this is one of several that share each arm; leave one of the two"
+            )
+        for arm in arms.values():
+            try:
+                if arm.tune is not None and arm.data.validation:
+                    self.prepare(arm, "validation")
+                for teacher in _teachers(arm):
+                    self.guide(arm, teacher)
+            except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+                pass  # the arm will meet the same error and report it as its own
+        at_a_time, share = self._room(arms, how.jobs)
+        threads_each = max(1, int(os.environ.get("OMP_NUM_THREADS") or threads.available_cores()) // at_a_time)
+
+        def order(name: str, arm: Recipe, repeat: int) -> jobs.Order:
+            label = f"{name} (seed {arm.tune.seed})" if repeat and arm.tune else name
+            spec = {
+                "arm": name,
+                "recipe": arm.model_dump(mode="json"),
+                "shared": self.recipe.model_dump(mode="json"),
+                "root": str(arm.root),
+                "out": str(self.out),
+                "repeat": repeat,
+                "scales": list(how.scales) if not repeat else [],
+                "selection": how.selection.model_dump() if how.selection else None,
+                "limit": share,
+                "places": {key: str(path) for key, path in self._places.items()},
+                "folders": {key: str(path) for key, path in self._folders.items()},
+                "told": sorted(self._told),
+            }
+            # arms that tune alike go one after the other: the second one finds the work done
+            return jobs.Order(label, spec, alike=fingerprint([spec["recipe"][part] for part in ("data", "guide", "tune")]))
+
+        def result(done: jobs.Done, label: str, arm: Recipe) -> dict[str, Any]:
+            return done.entry if done.entry is not None else _failure(done.error, failed, label, arm)
+
+        found: dict[str, dict[str, Any]] = {}
+        if how.scales and REFERENCE in arms:  # every sweep starts from it
+            found[REFERENCE] = _try(lambda: self.arm(REFERENCE, arms[REFERENCE], how=how), failed, REFERENCE, arms[REFERENCE])
+        first = {name: order(name, arm, 0) for name, arm in arms.items() if name not in found}
+        done = jobs.run(list(first.values()), at_a_time, threads_each, self.out)
+        found |= {name: result(done[one.label], one.label, arms[name]) for name, one in first.items()}
+        found = {name: found[name] for name in arms}
+        later = [(name, again, order(name, again, k)) for k, name, again in _repeats(arms, found, how.seeds)]
+        done = jobs.run([one for _, _, one in later], at_a_time, threads_each, self.out)
+        for name, again, one in later:
+            assert again.tune is not None
+            found[name].setdefault("seeds", []).append({"seed": again.tune.seed, **result(done[one.label], one.label, again)})
+        return found
+
+    def _room(self, arms: Mapping[str, Recipe], wanted: int) -> tuple[int, tuple[int, bool] | None]:
+        """How many arms fit beside each other, and the memory of each."""
+        budget, strict = self._budget()
+        wanted = min(wanted, len(arms))
+        if budget is None:
+            return wanted, None
+        for count in range(wanted, 1, -1):
+            if all(self._fits(arm, budget // count) for arm in arms.values()):
+                if count < wanted:
+                    say(f"memory: {count} arms at a time instead of {wanted}")
+                return count, (budget // count, strict)
+        if wanted > 1:
+            say(f"memory: one arm at a time instead of {wanted}")
+        return 1, (budget, strict)
+
+    def _fits(self, arm: Recipe, budget: int) -> bool:
+        """Whether an arm can be done within so many bytes, by the estimates that `plan_memory` uses."""
+        before, told = self._limit, set(self._told)
+        self._limit = (budget, True)  # strict: what does not fit is refused
+        try:
+            if arm.tune is not None:
+                self._tune_settings(arm)
+            self._evaluate_tokens(arm)
+        except BadInput:
+            return False
+        except (RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+            return True  # the arm will fail by itself, with its reason
+        finally:
+            self._limit, self._told = before, told
+        return True
+
     # -- before anything expensive ------------------------------------------------------------------------------------
 
-    def check(self, arms: Mapping[str, Recipe]) -> None:
+    def check(self, arms: Mapping[str, Recipe], how: _How) -> None:
         """Everything that can be known to be wrong before the first stage, all at once."""
         problems: list[str] = []
 
@@ -186,6 +338,8 @@ class _Job:
             for teacher in _teachers(arm):
                 attempt(lambda teacher=teacher: self._resolve(teacher))
             attempt(lambda arm=arm: _check_bits(arm))
+            if how.scales:
+                attempt(lambda arm=arm: self._sweep_plan(arm, how))
         _group().agree(BadInput(problems) if problems else None)
 
     def _check_pair(self, arms: Mapping[str, Recipe]) -> dict[str, Any]:
@@ -234,6 +388,19 @@ class _Job:
                 pass  # an arm that cannot be prepared fails by itself, with its reason, and the others go on
         if problems:
             raise BadInput(problems)
+
+    def budgets(self, arms: Mapping[str, Recipe]) -> dict[str, Budget]:
+        """What each arm that tunes will see; arms whose rows cannot be prepared fail later, with their reason."""
+        from guidetune.comparison import budget
+
+        found = {}
+        for name, arm in arms.items():
+            if arm.tune is not None:
+                try:
+                    found[name] = budget.of(arm.tune.settings(), self.prepare(arm)[1])
+                except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
+                    continue
+        return found
 
     def _budget(self) -> tuple[int | None, bool]:
         """Bytes this process may take in all (on a GPU: of its memory), and whether the user has set them; rank 0's for all."""
@@ -435,13 +602,11 @@ class _Job:
         )
         key = fingerprint([split, [s.model_dump(mode="json") for s in specs], [o.spec() for o in data.operations], settings])
         if key not in self._rows:
-            folder = self.out / ("data" if split == "train" else "validation")
-            if any(known == folder for known, _ in self._rows.values()):
-                folder = folder.with_name(f"{folder.name}-{key[:8]}")
+            folder = self._place(self.out / ("data" if split == "train" else "validation"), key)
             operations = data.operations if split == "train" else []
             group = _group()
             done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root))
-            if split == "train" and group.main:
+            if split == "train" and group.main and not self.ordered:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
                 _say_ledger(done)
@@ -449,6 +614,14 @@ class _Job:
             # every process maps the file itself: rows are never sent
             self._rows[key] = (done.path, group.agreed(lambda: EncodedRows.open(done.path)))
         return self._rows[key]
+
+    def _place(self, folder: Path, key: str) -> Path:
+        """The folder of one stage's result: the plain name for the first, a name of its own for each other."""
+        place = f"{folder.name}-{key}"
+        if place not in self._places:
+            taken = folder in self._places.values()
+            self._places[place] = folder.with_name(f"{folder.name}-{key[:8]}") if taken else folder
+        return self._places[place]
 
     def _warn_of_leaks(self, folder: Path) -> None:
         """Say so when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
@@ -496,7 +669,7 @@ class _Job:
             finally:
                 _release(model)
 
-        folder = self.out / "guidance" / _slug(teacher)
+        folder = self._place(self.out / "guidance" / _slug(teacher), rows.digest)
         shared = self.out.parent / ".store" / f"guide-{fingerprint(key)[:16]}"
         done = _group().follow(lambda build: _shared_stage(shared, folder, key, build), build)
         self._folders[f"guidance/{teacher}"] = done.path
@@ -583,8 +756,19 @@ class _Job:
 
         folder.mkdir(parents=True, exist_ok=True)
         group = _group()
+        twin = group.once(lambda: self._tuned_alike(folder / "adapter", key))
+        if twin is not None:  # graft and re-adapt, for example, differ only in what is done with the adapter
+            group.once(lambda: _copied(twin, folder, "adapter", ("metrics.jsonl",)))
+            say(f"tune: the same as in {self._relative(twin.parent)}, not done again")
         done = group.follow(lambda build: stage(folder / "adapter", key, build), build)
         return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
+
+    def _tuned_alike(self, adapter: Path, key: Mapping[str, Any]) -> Path | None:
+        """A finished adapter of another arm of this run that was made from the same key, unless this one is finished itself."""
+        if finished(adapter, key) is not None:
+            return None
+        others = [*self.out.glob("arms/*/adapter"), *self.out.glob("arms/*/seeds/*/adapter"), self.out / "adapter"]
+        return next((other for other in sorted(others) if other != adapter and finished(other, key) is not None), None)
 
     def _parameters(self, name: str) -> int:
         from guidetune.models.checkpoint import Checkpoint
@@ -609,21 +793,19 @@ class _Job:
     def transfer(self, arm: Recipe, adapter: Path, folder: Path) -> StageResult:
         """A complete model folder: the receiving model plus what was learnt."""
         from guidetune.weightspace.apply import transfer
-        from guidetune.weightspace.sources import Delta
 
         assert arm.tune is not None and arm.transfer is not None
         options = arm.transfer
         trained_on = self._spec(arm.tune.on)
         _, rows = self.prepare(arm)
         probes = [rows[i].input_ids.tolist() for i in range(min(8, len(rows)))]
-        # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
-        delta = adapter if (adapter / "adapter_config.json").is_file() else Delta.difference(adapter, trained_on)
+        delta, scale = self._learnt(arm, adapter, options.scale)
         return _group().once(
             lambda: transfer(
                 delta,
                 self._spec(options.into),
                 folder / "model",
-                scale=options.scale,
+                scale=scale,
                 dtype=options.dtype,
                 max_shard=options.max_shard,
                 rounding=options.rounding,
@@ -632,6 +814,20 @@ class _Job:
                 verify_rows=probes,
             )
         )
+
+    def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
+        """What is added to the receiving model at this scale, and the factor that is still to be applied."""
+        from guidetune.weightspace.sources import Delta, WeightedSum
+
+        assert arm.tune is not None and arm.transfer is not None
+        trained_on, into = self._spec(arm.tune.on), self._spec(arm.transfer.into)
+        # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
+        lora = (adapter / "adapter_config.json").is_file()
+        if arm.transfer.into_scale == 1:
+            return (adapter if lora else Delta.difference(adapter, trained_on)), scale
+        # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
+        learnt = Delta.adapter(adapter, trained_on) if lora else Delta.difference(adapter, trained_on)
+        return WeightedSum([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))]), 1.0
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
@@ -663,8 +859,8 @@ class _Job:
 
     # -- an arm -------------------------------------------------------------------------------------------------------
 
-    def arm(self, name: str, arm: Recipe, repeat: int = 0) -> dict[str, Any]:
-        """One arm through its stages; `repeat` > 0 is the same arm with another seed."""
+    def arm(self, name: str, arm: Recipe, repeat: int = 0, how: _How | None = None) -> dict[str, Any]:
+        """One arm through its stages; `repeat` > 0 is the same arm with another seed. A sweep over scales adds `scales` to its results."""
         own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
         folder = own / "seeds" / str(repeat) if repeat else own
         say(
@@ -696,32 +892,148 @@ class _Job:
         entry["paths"]["evaluation"] = self._relative(folder / "evaluation")
         for group in ("task", "general"):
             entry[f"{group}_mean"] = _mean([t["score"] for t in scores[group].values() if t.get("higher_is_better", True)])
+        if how is not None and how.scales and arm.evaluate is not None:
+            start = time.monotonic()
+            entry["scales"] = self._sweep(name, arm, tuned.path if arm.tune is not None else None, folder, entry, how)
+            cost["scales_s"] = round(time.monotonic() - start, 3)
         return entry
+
+    # -- scales -------------------------------------------------------------------------------------------------------
+
+    def _sweep_plan(self, arm: Recipe, how: _How) -> Sweep:
+        from guidetune.comparison.scales import Selection, plan_sweep
+        from guidetune.evaluation.evaluate import plan
+
+        if arm.evaluate is None:
+            raise BadInput("--scales: the recipe has no evaluate section to pick a scale by")
+        settings = _eval_settings(arm.evaluate, arm.seed)
+        test = {group: self._plan(arm, group) for group in ("task", "general")}
+        separate = {group: plan(getattr(arm.evaluate.validation, group), settings, arm.root) for group in ("task", "general")}
+        return plan_sweep(test, separate, how.selection or Selection(), arm.seed)
+
+    def _sweep(
+        self, name: str, arm: Recipe, adapter: Path | None, folder: Path, entry: Mapping[str, Any], how: _How
+    ) -> dict[str, Any] | None:
+        """What was learnt, merged at each scale and evaluated; of the untouched model only the validation tasks, where there are some."""
+        from guidetune.comparison.scales import Point, report
+        from guidetune.models.handle import open_handle
+
+        sweep = self._sweep_plan(arm, how)
+        own = Path(entry["paths"]["evaluation"])
+        untouched = self.out / "arms" / REFERENCE
+        if adapter is None:
+            if sweep.separate is not None and name == REFERENCE:
+                handle = open_handle(self._spec("instruct"), device=_group().loading_device)
+                self._scores(arm, handle, sweep.separate, untouched / "validation")
+                _release(handle)
+            return None
+        if arm.transfer is None:
+            say(f"note: arm {name} is not moved to a model, so it has no scale to change")
+            return None
+        known: dict[float, tuple[Mapping[str, Any], Path]] = {arm.transfer.scale: (entry, self.out / own)}
+        start = self._finished_scores(sweep.test, untouched / "evaluation")
+        if start is not None and arm.transfer.into == "instruct" and arm.transfer.into_scale == 1:
+            known[0.0] = (start, untouched / "evaluation")
+        points = []
+        with self._merged(arm, adapter, folder) as at:
+            for scale in sorted({0.0, *how.scales}):
+                say(f"arm {name}: scale {scale:g}", level=1)
+                place = folder / "scales" / f"{scale:g}"
+                found, where = known.get(scale) or (self._scores(arm, at(scale), sweep.test, place), place)
+                point = Point(scale, found, where)
+                if sweep.separate is not None:
+                    place = place / "validation"
+                    held = self._finished_scores(sweep.separate, untouched / "validation") if scale == 0 and scale in known else None
+                    point.validation = held or self._scores(arm, at(scale), sweep.separate, place)
+                points.append(point)
+        assert arm.evaluate is not None
+        return report(sweep, points, name, arm.evaluate.samples, arm.seed)
+
+    @contextmanager
+    def _merged(self, arm: Recipe, adapter: Path, folder: Path) -> Iterator[Callable[[float], Any]]:
+        """A function that gives a model handle at a scale; the model is loaded at the first call, and its weights change with each.
+
+        Where weights cannot be exchanged in memory (several processes share the model, the merge unties tensors, vLLM loads from disk)
+        the model of a scale is written, and removed when the next one is asked for.
+        """
+        from guidetune.comparison import scales
+        from guidetune.evaluation.engines import vllm_obstacle
+        from guidetune.models.checkpoint import Checkpoint
+        from guidetune.models.handle import open_handle
+        from guidetune.weightspace.apply import make_plan, transfer
+        from guidetune.weightspace.sources import Delta
+
+        assert arm.tune is not None and arm.transfer is not None and arm.evaluate is not None
+        options, into, base = arm.transfer, self._spec(arm.transfer.into), self._spec(arm.tune.on)
+        group = _group()
+        served = arm.evaluate.engine == "vllm" or (arm.evaluate.engine == "auto" and vllm_obstacle() is None)
+        held: dict[str, Any] = {}
+        written = folder / ".scaled"
+        with ExitStack() as stack:
+            target = stack.enter_context(Checkpoint(self._resolve(options.into).path))
+
+            def planned(scale: float) -> Plan:
+                learnt, factor = self._learnt(arm, adapter, scale)
+                delta = learnt if isinstance(learnt, Delta) else Delta.adapter(learnt, base)
+                stack.callback(delta.close)
+                made = make_plan(delta, target, factor or 1.0, options.dtype, options.rounding, arm.seed)
+                return scales.scaled(made, factor)
+
+            in_memory = group.size == 1 and not served and not planned(1.0).untie
+
+            def exchanged(scale: float) -> Any:
+                if "handle" not in held:
+                    dtype = options.dtype
+                    held["handle"] = open_handle(into, dtype=dtype, device=group.loading_device)
+                    held["handle"].folder = None  # what is on disk is another model
+                    group.place(held["handle"].model)
+                plan = planned(scale)
+                scales.set_weights(held["handle"].model, plan)
+                content = [self._fingerprint(options.into), plan.delta.describe(), scale, options.dtype, options.rounding, arm.seed]
+                held["handle"].fingerprint = fingerprint(["scaled", *content])
+                return held["handle"]
+
+            def from_disk(scale: float) -> Any:
+                _release(held.pop("handle", None))
+                learnt, factor = self._learnt(arm, adapter, scale)
+                done = group.once(
+                    lambda: transfer(
+                        learnt, into, written, scale=factor, dtype=options.dtype, rounding=options.rounding, seed=arm.seed, base=base
+                    )
+                )
+                held["handle"] = group.agreed(lambda: open_handle(done.path, device=group.loading_device))
+                group.place(held["handle"].model)
+                return held["handle"]
+
+            def at(scale: float) -> Any:
+                if held.get("scale") != scale:
+                    held["handle"] = exchanged(scale) if in_memory else from_disk(scale)
+                    held["scale"] = scale
+                return held["handle"]
+
+            try:
+                yield at
+            finally:
+                _release(held.pop("handle", None))
+                group.once(lambda: shutil.rmtree(written, ignore_errors=True))
+
+    def _scores(self, arm: Recipe, handle: ModelHandle, planned: Mapping[str, Sequence[Planned]], out: Path) -> dict[str, Any]:
+        from guidetune.evaluation.evaluate import evaluate
+
+        assert arm.evaluate is not None
+        settings = _eval_settings(arm.evaluate, arm.seed).model_copy(update={"batch_tokens": self._evaluate_tokens(arm)})
+        return {group: evaluate(handle, tasks, out / group, settings, arm.root) for group, tasks in planned.items()}
+
+    @staticmethod
+    def _finished_scores(planned: Mapping[str, Sequence[Planned]], out: Path) -> dict[str, dict[str, Any]] | None:
+        """Results that an arm of this run has left, as `evaluate` gives them; None when some are missing."""
+        from guidetune.evaluation.evaluate import finished_results
+
+        found = {group: finished_results(tasks, out / group) for group, tasks in planned.items()}
+        return None if None in found.values() else found  # type: ignore[return-value]
 
     def _relative(self, path: Path) -> str:
         return os.path.relpath(path, self.out)
-
-    def compare_with_reference(self, arms: dict[str, dict[str, Any]]) -> None:
-        """Paired tests, item by item, of every arm (and every seed of it) against the untouched instruct model."""
-        from guidetune.evaluation.evaluate import paired_results
-
-        reference = arms.get(REFERENCE)
-        if not reference or reference["status"] != "ok":
-            return
-        everyone = [(n, e) for n, e in arms.items() if n != REFERENCE] + [(n, s) for n, e in arms.items() for s in e.get("seeds", [])]
-        for _, entry in everyone:
-            if entry["status"] != "ok":
-                continue
-            for group in ("task", "general"):
-                for label, result in entry[group].items():
-                    other = reference[group].get(label)
-                    if other is None:
-                        continue
-                    places = [self.out / e["paths"]["evaluation"] / group for e in (entry, reference)]
-                    try:
-                        result["vs_instruct"] = paired_results(places[0], result, places[1], other)
-                    except BadInput as error:
-                        say(f"note: {label}: {error}")
 
     # -- the results file ---------------------------------------------------------------------------------------------
 
@@ -741,6 +1053,22 @@ class _Job:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Single stages, for their own verbs
+
+
+def ordered(order: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm, as another process has ordered it (see `comparison.jobs`): its entry of results.json."""
+    from guidetune.comparison.scales import Selection
+    from guidetune.recipe import from_mapping
+
+    root = Path(order["root"])
+    job = _Job(from_mapping(order["shared"], root), Path(order["out"]), "compare", ordered=True)
+    job._places = {key: Path(path) for key, path in order["places"].items()}
+    job._folders = {key: Path(path) for key, path in order["folders"].items()}
+    job._told = set(order["told"])
+    job._limit = tuple(order["limit"]) if order["limit"] else None  # type: ignore[assignment]
+    selection = Selection(**order["selection"]) if order["selection"] else None
+    how = _How(scales=tuple(order["scales"]), selection=selection)
+    return job.arm(order["arm"], from_mapping(order["recipe"], root), order["repeat"], how)
 
 
 def prepare_data(recipe: Recipe, out: Path | None = None) -> StageResult:
@@ -870,17 +1198,33 @@ def _shared_stage(shared: Path, folder: Path, key: Mapping[str, Any], build: Cal
     if manifest is not None:
         return StageResult(folder, True, manifest)
     done = stage(shared, key, build)
-    work = folder.with_name(f".{folder.name}.partial")
+    _copied(done.path, folder.parent, folder.name)
+    return StageResult(folder, done.reused, done.manifest)
+
+
+def _copied(source: Path, parent: Path, name: str, beside: Sequence[str] = ()) -> None:
+    """A finished folder under another name as well, by links where there are such; files `beside` it come along first."""
+    for file in beside:
+        if (source.parent / file).is_file():
+            shutil.copy2(source.parent / file, parent / file)
+    work = parent / f".{name}.partial"
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    for file in done.path.iterdir():
+    for file in source.iterdir():
         try:
             os.link(file, work / file.name)
         except OSError:  # another file system, or one without links
             shutil.copy2(file, work / file.name)
-    publish(work, folder)
-    return StageResult(folder, done.reused, done.manifest)
+    publish(work, parent / name)
+
+
+def _repeats(arms: Mapping[str, Recipe], found: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[tuple[int, str, Recipe]]:
+    """(k, arm, its recipe) of every further seed of the arms that tune and did not fail."""
+    for k in range(1, seeds):
+        for name, arm in arms.items():
+            if arm.tune is not None and found[name]["status"] == "ok":
+                yield k, name, _again(arm, k)
 
 
 def _check_place(out: Path) -> None:

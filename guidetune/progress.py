@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,17 @@ def set_verbosity(level: int) -> None:
     """-1: results only; 0: progress and notices; 1: everything."""
     global _verbosity
     _verbosity = level
+
+
+def verbosity() -> int:
+    """What `set_verbosity` set."""
+    return _verbosity
+
+
+def hush() -> None:
+    """Silence what libraries warn of and no user can do anything about."""
+    # peft still asks transformers by an attribute's old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def say(text: str, level: int = 0) -> None:

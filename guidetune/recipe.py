@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -263,9 +265,20 @@ class Transfer(Section):
 
     into: ModelName = Field("instruct", description="The model that receives it: instruct, base, or any model of the same shapes.")
     scale: float = Field(1.0, description="The change is multiplied by this.")
+    into_scale: float = Field(
+        1.0,
+        description="What separates `into` from the tuned model is multiplied by this (RE-Adapt's alpha); 1: `into` is kept as it is.",
+    )
     dtype: Dtype = Field("auto", description="Precision of the written weights; auto: that of the receiving model.")
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="How sums are rounded to that precision.")
     max_shard: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="Largest weight file.")
+
+
+class Validation(Section):
+    """Tasks on which `compare --scales` picks a scale; none of their prompts may be among the test's."""
+
+    task: list[Task] = Field([], description="As evaluate.task.")
+    general: list[Task] = Field([], description="As evaluate.general.")
 
 
 class Evaluate(Section):
@@ -273,6 +286,9 @@ class Evaluate(Section):
 
     task: list[Task] = Field([], description="Tasks the tuning should improve (kind task).")
     general: list[Task] = Field([], description="Tasks whose scores should not fall (kind task).")
+    validation: Validation = Field(
+        Validation(), description="Tasks to pick a scale on (`task`, `general`); without any, a share of the items above is kept for that."
+    )
     batch_tokens: int = Field(16384, ge=1, description="Tokens of one forward pass.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest answer; null: each task's own.")
     samples: int = Field(1, ge=1, description="Answers for each item; more than one needs a temperature.")
@@ -287,12 +303,12 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:
         faults = []
-        for group in ("task", "general"):
+        for prefix, group in itertools.product(((), ("validation",)), ("task", "general")):
             seen: set[str] = set()
-            for i, method in enumerate(getattr(self, group)):
+            for i, method in enumerate(getattr(self.validation if prefix else self, group)):
                 label = method.label or method.default_label()
                 if label in seen:
-                    faults.append(_fault((group, i), "the same task twice; give one of them another label", label))
+                    faults.append(_fault((*prefix, group, i), "the same task twice; give one of them another label", label))
                 seen.add(label)
         if self.samples > 1 and self.temperature == 0:
             faults.append(_fault(("samples",), "needs a temperature above 0: at 0 all answers are the same", self.samples))
@@ -312,7 +328,9 @@ class Recipe(Section):
     tune: Tune | None = Field(default_factory=lambda: Tune(), description="Tuning; null: none (the models as they are).")
     transfer: Transfer | None = Field(Transfer(), description="The written model; null: the adapter alone.")
     evaluate: Evaluate | None = Field(None, description="Evaluation; null: none.")
-    arms: dict[str, dict[str, Any]] = Field({}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`.")
+    arms: dict[str, dict[str, Any]] = Field(
+        {}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`; `from` and `grid`: docs/compare.md."
+    )
     seed: int = Field(42, ge=0, description="Every random draw derives from it.")
     max_memory: str | None = Field(
         None,
@@ -362,6 +380,9 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.tune is not None and self.data.max_length is not None and self.data.max_length != self.tune.max_length:
             _raise([_fault(("data", "max_length"), f"tune.max_length says {self.tune.max_length}; give one of them", self.data.max_length)])
+        if self.tune is not None and self.transfer is not None and self.transfer.into_scale != 1 and self.tune.on == self.transfer.into:
+            text = f"nothing separates transfer.into from tune.on, which are both {self.tune.on}"
+            _raise([_fault(("transfer", "into_scale"), text, self.transfer.into_scale)])
         if self.tune is not None and self.tune.reducer is None:
             object.__setattr__(self.tune, "reducer", default_reducer(self.tune.weights))
         return self
@@ -391,65 +412,195 @@ ARMS: dict[str, Arm] = {
     "sft": Arm("plain tuning of the instruct model", {"tune.on": "instruct", "tune.weights": []}),
     "graft": Arm("plain tuning of the base model, moved to the instruct model", {"tune.on": "base", "tune.weights": []}),
     "gift": Arm("guided tuning of the base model, moved to the instruct model", {"tune.on": "base", "tune.weights": ["gift"]}),
-    "gift-base": Arm(
+    "gift-base-teacher": Arm(
         "as gift, with the base model itself as teacher", {"tune.on": "base", "tune.weights": [{"method": "gift", "teacher": "base"}]}
     ),
     "guided": Arm("guided tuning of the instruct model itself", {"tune.on": "instruct", "tune.weights": ["gift"]}),
     "dft": Arm("the base model tuned with its own confidence as weight, moved", {"tune.on": "base", "tune.weights": ["dft"]}),
     "stm": Arm("the instruct model tuned on the tokens it finds likely", {"tune.on": "instruct", "tune.weights": ["stm"]}),
+    "re-adapt": Arm(
+        "plain tuning of the base model, half of it moved to the instruct model",
+        {"tune.on": "base", "tune.weights": [], "transfer.scale": 0.5},
+    ),
 }
+ALIASES = {"gift-base": "gift-base-teacher"}
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")  # a folder, and a word between the commas of --arms
+MAX_GRID = 100  # arms of one grid
 DEFAULT_ARMS = ("instruct", "sft", "graft", "gift")
 
 
 def arm_names(recipe: Recipe) -> list[str]:
-    """Every arm `compare` knows for this recipe: the built-in ones and its own."""
-    return [*ARMS, *(name for name in recipe.arms if name not in ARMS)]
+    """Every arm `compare` knows for this recipe: the built-in ones, its own, and the members of its grids."""
+    known = _Arms.of(recipe._given, [])
+    return [*known.changes, *known.families]
 
 
-def arms(recipe: Recipe, names: Sequence[str] = DEFAULT_ARMS) -> dict[str, Recipe]:
+def arms(recipe: Recipe, names: Sequence[str] = DEFAULT_ARMS, grid: Sequence[str] = ()) -> dict[str, Recipe]:
     """The recipe of each named arm. An arm changes the keys it lists and nothing else.
+
+    The name of a grid stands for all its members. `grid` (`tune.lr=1e-4,3e-4`, several: all combinations) makes a grid of every named
+    arm that tunes.
 
     Raises:
         BadInput: an unknown or repeated arm, or one whose changes do not make a recipe.
     """
-    known = arm_names(recipe)
-    problems = [f"--arms: unknown arm {name!r}{registry.nearest(name, known)}" for name in dict.fromkeys(names) if name not in known]
-    problems += [f"--arms: {name!r} is named twice" for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    problems: list[str] = []
+    known = _Arms.of(recipe._given, problems)
+    names = list(names)
+    every = [*known.changes, *known.families]
+    problems += [f"--arms: unknown arm {name!r}{registry.nearest(name, every)}" for name in dict.fromkeys(names) if name not in every]
     if not names:
-        problems.append(f"--arms: name at least one of {', '.join(known)}")
+        problems.append(f"--arms: name at least one of {', '.join(every)}")
+    chosen = [member for name in names for member in known.families.get(name, [name])]
+    plain = [ALIASES.get(name, name) for name in chosen]
+    problems += [f"--arms: {name!r} is named twice" for name in dict.fromkeys(plain) if plain.count(name) > 1]
+    values = _grid_values(grid, problems)
     if problems:
         raise BadInput(problems)
-    found = {name: _arm(name, recipe._given, recipe.root, _Origins(), problems) for name in names}
+    for name in list(chosen) if values else ():
+        if known.changes[name].get("tune", ...) is not None:
+            members = known.expand(name, known.changes[name], values, problems, "--grid")
+            place = chosen.index(name)
+            chosen[place : place + 1] = members
+    found = {name: _arm(known, name, recipe._given, recipe.root, _Origins(), problems) for name in chosen}
     if problems:
         raise BadInput(problems)
     return {name: made for name, made in found.items() if made is not None}
 
 
+@dataclass
+class _Arms:
+    """The changes of every arm, and which arms a grid stands for. The recipe's own arms come before the built-in ones."""
+
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    families: dict[str, list[str]] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)  # member -> the grid that the recipe spells out
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], problems: list[str]) -> _Arms:
+        built_in = {name: {"description": arm.description, **arm.changes} for name, arm in ARMS.items()}
+        found = cls({**built_in, **{alias: built_in[name] for alias, name in ALIASES.items()}})
+        own = given.get("arms")
+        own = {n: c for n, c in own.items() if isinstance(c, Mapping)} if isinstance(own, Mapping) else {}
+        for name in own:
+            if not ARM_NAME.fullmatch(str(name)):
+                problems.append(
+                    f"arms.{name}: an arm has a plain name: letters, digits and . _ + = -, at most 100, a letter or digit first"
+                )
+        for name, changes in own.items():
+            whole = found._started(name, own, problems, ())
+            if (grid := changes.get("grid")) is None:
+                found.changes[name] = whole
+                continue
+            if not isinstance(grid, Mapping) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
+                problems.append(f"arms.{name}.grid: write the values of each key as a list, as grid: {{tune.lr: [1e-4, 3e-4]}}")
+                continue
+            found.changes.pop(name, None)
+            found.families[name] = found.expand(name, whole, grid, problems, f"arms.{name}.grid")
+        return found
+
+    def _started(self, name: str, own: Mapping[str, Any], problems: list[str], trail: tuple[str, ...]) -> dict[str, Any]:
+        """The arm's changes on top of those of the arm it starts `from`."""
+        changes = {key: value for key, value in own[name].items() if key not in ("from", "grid")}
+        start = own[name].get("from")
+        if start is None:
+            return changes
+        if start in own and start != name:
+            if start in trail:
+                problems.append(f"arms.{name}.from: {' -> '.join((*trail, name, start))} goes in a circle")
+                return changes
+            return _overlaid(self._started(start, own, problems, (*trail, name)), changes)
+        if start in ARMS or start in ALIASES:
+            arm = ARMS[ALIASES.get(start, start)]
+            return _overlaid({"description": arm.description, **arm.changes}, changes)
+        problems.append(f"arms.{name}.from: unknown arm {start!r}{registry.nearest(str(start), [*ARMS, *own])}")
+        return changes
+
+    def expand(
+        self, name: str, changes: Mapping[str, Any], grid: Mapping[str, Sequence[Any]], problems: list[str], where: str
+    ) -> list[str]:
+        """One arm for every combination of the grid's values, `name-lr=0.0001-rank=8`; their names."""
+        count = math.prod(len(values) for values in grid.values())
+        if count > MAX_GRID:
+            problems.append(f"{where}: {count:,} arms are more than the {MAX_GRID} that one grid may have")
+            return []
+        last = [key.rsplit(".", 1)[-1] for key in grid]
+        short = [word if last.count(word) == 1 else key for key, word in zip(grid, last, strict=True)]
+        members = []
+        for values in itertools.product(*grid.values()):
+            member = "-".join([name, *(f"{word}={_word(value)}" for word, value in zip(short, values, strict=True))])
+            if member in self.changes or not ARM_NAME.fullmatch(member):
+                reason = "there are two arms of this name" if member in self.changes else "this is no plain name"
+                problems.append(f"{where}: {member}: {reason}; write these arms out one by one")
+                continue
+            told = ", ".join(f"{key} = {_short(value)}" for key, value in zip(grid, values, strict=True))
+            text = ": ".join(part for part in (str(changes.get("description") or ""), told) if part)
+            self.changes[member] = _overlaid(changes, {"description": text, **dict(zip(grid, values, strict=True))})
+            self.owner[member] = name
+            members.append(member)
+        return members
+
+
+def _word(value: Any) -> str:
+    """A value of a grid in the name of its arm."""
+    if isinstance(value, (int, float)):
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    if isinstance(value, Mapping):
+        return "-".join(_word(part) for part in value.values())
+    if isinstance(value, list):
+        return "+".join(_word(part) for part in value) or "none"
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", Path(value).stem if "/" in str(value) else str(value)).strip("-") or "none"
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sets of changes, the second one's in force; `{tune: {lr: 1}}` and `{tune.lr: 1}` alike."""
+    flat = {trail: value for changes in (below, above) for trail, value in _flatten(changes)}
+    return {".".join(map(str, trail)): value for trail, value in flat.items()}
+
+
+def _grid_values(grid: Sequence[str], problems: list[str]) -> dict[str, list[Any]]:
+    """`tune.lr=1e-4,3e-4` -> {"tune.lr": [1e-4, 3e-4]}."""
+    found: dict[str, list[Any]] = {}
+    for text in grid:
+        key, equals, listed = text.partition("=")
+        key, listed = key.strip(), listed.strip()
+        values, faults = _value(listed if listed.startswith("[") else f"[{listed}]")
+        if not equals or not key or faults or not isinstance(values, list) or not values:
+            problems.append(f"--grid {_short(text)}: write it as key=value,value, for example --grid tune.lr=1e-4,3e-4")
+        elif key in found:
+            problems.append(f"--grid: {key} is given twice")
+        else:
+            found[key] = [_from_here(_trail(key)[-1], value) for value in values]
+    return found
+
+
 def shape(recipe: Recipe) -> str:
     """The built-in arm that the recipe as it stands amounts to, else `tuned`."""
 
-    def traits(one: Recipe, teachers: bool) -> Any:
+    def traits(one: Recipe, exact: bool) -> Any:
         if one.tune is None:
             return None
-        weights = [(w.name, getattr(w, "teacher", None) if teachers else None) for w in one.tune.weights]
-        return one.tune.on, weights, one.transfer.into if one.transfer else None
+        weights = [(w.name, getattr(w, "teacher", None) if exact else None) for w in one.tune.weights]
+        moved = (one.transfer.into, one.transfer.scale if exact else None) if one.transfer else None
+        return one.tune.on, weights, moved
 
     plain = {**recipe._given, "tune": None}  # so that the arms come with their own options
+    if isinstance(moved := plain.get("transfer"), Mapping):
+        plain["transfer"] = {key: value for key, value in moved.items() if key != "scale"}
     made = {name: _changed(arm.changes, plain, recipe.root, _Origins(), []) for name, arm in ARMS.items()}
-    for teachers in (True, False):  # gift with another teacher is gift, unless that is an arm of its own
+    for exact in (True, False):  # gift with another teacher or scale is gift, unless that is an arm of its own
         for name, one in made.items():
-            if one is not None and traits(one, teachers) == traits(recipe, teachers):
+            if one is not None and traits(one, exact) == traits(recipe, exact):
                 return name
     return "tuned"
 
 
-def _arm(name: str, given: dict[str, Any], root: Path, origins: _Origins, problems: list[str]) -> Recipe | None:
-    """The recipe of one arm; faults go to `problems`. The recipe's own arms come before the built-in ones."""
-    own = given.get("arms") or {}
-    changes = own[name] if name in own else {"description": ARMS[name].description, **ARMS[name].changes}
+def _arm(known: _Arms, name: str, given: dict[str, Any], root: Path, origins: _Origins, problems: list[str]) -> Recipe | None:
+    """The recipe of one arm; faults go to `problems`."""
+    changes = known.changes[name]
     found: list[str] = []
     for trail, _ in _flatten(changes):
-        origins.cover(trail, origins.of(("arms", name)) or f"arm {name}")
+        origins.cover(trail, origins.of(("arms", known.owner.get(name, name))) or f"arm {name}")
     made = _changed(changes, given, root, origins, found)
     problems += [f"{problem} (arm {name})" for problem in found]
     return made
@@ -539,12 +690,17 @@ def parse(text: str, file: str = "recipe", root: Path | None = None, overrides: 
         tree["name"] = stem or "run"
     recipe = _validate(tree, root, origins, problems)
     own = tree.get("arms")
-    for name, changes in own.items() if isinstance(own, dict) else ():
-        if isinstance(changes, dict):
+    faults: list[str] = []
+    known = _Arms.of(tree, faults)
+    for fault in faults:
+        places = [place for place in origins.places if place[:1] == ("arms",) and fault.startswith(f"{'.'.join(map(str, place))}")]
+        problems.append(f"{origins.of(max(places, key=len, default=('arms',)))}: {fault}")
+    for name in own if isinstance(own, dict) else ():
+        for member in known.families.get(name, [name] if isinstance(own[name], dict) and name in known.changes else []):
             seen: list[str] = []
-            _arm(name, tree, root, copy.deepcopy(origins), seen)
+            _arm(known, member, tree, root, copy.deepcopy(origins), seen)
             # What is wrong with the recipe itself has been said once.
-            problems += [problem for problem in seen if problem.removesuffix(f" (arm {name})") not in problems]
+            problems += [problem for problem in seen if problem.removesuffix(f" (arm {member})") not in problems]
     if problems or recipe is None:
         raise BadInput(sorted(dict.fromkeys(problems), key=_by_line))
     return recipe

@@ -17,7 +17,7 @@ import pytest
 from guidetune import cli, registry
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ["demo", "run", "compare", "data", "guide", "merge", "eval", "chat", "doctor", "methods", "world"]
+VERBS = ["demo", "run", "compare", "data", "guide", "report", "merge", "eval", "chat", "doctor", "methods", "world"]
 
 
 def guidetune(*arguments: str, cwd: Path | None = None, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -422,3 +422,51 @@ def test_any_override(folder: Path, where: list[str], value: str) -> None:
 @given(where=st.sampled_from(PLACES), value=TREES)
 def test_any_value_in_a_known_place(folder: Path, where: str, value: Any) -> None:
     survives(SMALL, folder, (f"{where}={yaml.safe_dump(value, default_flow_style=True)}",))
+
+
+def test_an_arm_may_start_from_another(folder: Path) -> None:
+    text = SMALL + "arms:\n  mine: {from: gift-base, tune: {params: {rank: 8}}}\n  slow: {from: mine, tune.lr: 1e-5, description: slow}\n"
+    made = arms(parse(text, root=folder), ["mine", "slow", "gift-base"])
+    assert [(m.tune.params.rank, m.tune.weights[0].teacher) for m in made.values()] == [(8, "base"), (8, "base"), (64, "base")]
+    assert made["slow"].tune.lr == 1e-5 and made["slow"].description == "slow"
+    with pytest.raises(BadInput, match="'gift-base-teacher' is named twice"):
+        arms(parse(SMALL, root=folder), ["gift-base", "gift-base-teacher"])
+
+
+def test_grids(folder: Path) -> None:
+    text = SMALL + "arms: {g: {from: sft, grid: {tune.lr: [1e-4, 3e-4], tune.params.rank: [4, 8]}}}\n"
+    recipe = parse(text, root=folder)
+    made = arms(recipe, ["instruct", "g"])
+    assert list(made)[1:] == ["g-lr=0.0001-rank=4", "g-lr=0.0001-rank=8", "g-lr=0.0003-rank=4", "g-lr=0.0003-rank=8"]
+    assert [(m.tune.lr, m.tune.params.rank) for m in list(made.values())[1:]] == [(1e-4, 4), (1e-4, 8), (3e-4, 4), (3e-4, 8)]
+    assert {m.tune.on for m in list(made.values())[1:]} == {"instruct"}
+    assert list(arms(recipe, ["g-lr=0.0003-rank=4"])) == ["g-lr=0.0003-rank=4"]
+    again = parse(recipe.resolved_yaml(), "recipe.yaml", folder)
+    assert list(arms(again, ["g"])) == list(made)[1:]
+    # on the command line: of every arm that tunes
+    made = arms(recipe, ["instruct", "gift"], ["tune.lr=1e-4,3e-4"])
+    assert list(made) == ["instruct", "gift-lr=0.0001", "gift-lr=0.0003"] and made["gift-lr=0.0003"].tune.lr == 3e-4
+    assert list(arms(recipe, ["sft"], ["tune.weights=[[gift],[]]"])) == ["sft-weights=gift", "sft-weights=none"]
+
+
+@pytest.mark.parametrize(
+    "own, expected",
+    [
+        ("x: {tune.params.rnak: 8}", r"unknown option of lora \(did you mean 'rank'\?\).*\(arm x\)"),
+        ("x: {from: gfit}", r"r.yaml:\d+: arms.x.from: unknown arm 'gfit' \(did you mean 'gift'\?\)"),
+        ("{x: {from: y}, y: {from: x}}", "goes in a circle"),
+        ("x: {grid: {tune.lr: 1e-4}}", r"r.yaml:\d+: arms.x.grid: write the values of each key as a list"),
+        ("x: {grid: {tune.lr: [1e-4, -1]}}", r"tune.lr = -1.*\(arm x-lr=-1\)"),
+        ("x: {grid: {tune.batch: [" + ", ".join(map(str, range(1, 102))) + "]}}", "101 arms are more than the 100"),
+        ("../../x: {tune.lr: 1e-4}", "an arm has a plain name:"),
+    ],
+)
+def test_arms_that_cannot_be_written(folder: Path, own: str, expected: str) -> None:
+    with pytest.raises(BadInput, match=expected):
+        parse(SMALL + f"arms:\n  {own}\n", "r.yaml", folder)
+
+
+def test_grids_that_cannot_be(folder: Path) -> None:
+    for grid, expected in (("tune.lr", "write it as key=value,value"), ("tune.lrr=1,2", "did you mean 'lr'")):
+        with pytest.raises(BadInput, match=expected):
+            arms(parse(SMALL, root=folder), ["gift"], [grid])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from guidetune.artefacts import derive_seed, digest_file, fingerprint, stage, write_text_atomic
+from guidetune.artefacts import StageResult, derive_seed, digest_file, fingerprint, finished, stage, write_text_atomic
 from guidetune.engine.distributed import current
 from guidetune.errors import BadInput, RunFailed
 from guidetune.evaluation.results import judge, summarise
@@ -188,9 +188,22 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
         if engine != "hf":
             key["engine"] = engine
-    done = group.follow(lambda build: stage(out / planned.label, key, build), build)
-    cost = {"seconds": done.seconds, **done.result["cost"]}
-    return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
+    return _task_result(group.follow(lambda build: stage(out / planned.label, key, build), build))
+
+
+def _task_result(done: StageResult) -> dict[str, Any]:
+    return {**done.result, "items": f"{done.path.name}/{ITEMS}", "cost": {"seconds": done.seconds, **done.result["cost"]}}
+
+
+def finished_results(planned: Sequence[Planned], out: Path) -> dict[str, dict[str, Any]] | None:
+    """What `evaluate` gave for these tasks and left in `out`, without the model; None when a task is not there with all its items."""
+    found = {}
+    for one in planned:
+        manifest = finished(out / one.label)
+        if manifest is None or manifest["key"].get("items") != fingerprint([_content(item) for item in one.items]):
+            return None
+        found[one.label] = _task_result(StageResult(out / one.label, True, manifest))
+    return found
 
 
 def _content(item: Item) -> list[Any]:
@@ -431,7 +444,8 @@ ANSWER: dict[str, Callable[..., None]] = {"generate": _generate, "loglik": _logl
 
 def read_items(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The item lines of a TaskResult that was written below `out`."""
-    return [json.loads(line) for line in (Path(out) / result["items"]).read_text(encoding="utf-8").splitlines()]
+    # not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are
+    return [json.loads(line) for line in (Path(out) / result["items"]).read_text(encoding="utf-8").split("\n") if line]
 
 
 def paired_results(a_out: Path, a: dict[str, Any], b_out: Path, b: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from guidetune.report import numbers
 from guidetune.report.findings import REFERENCE, arms_of, compare_group, failed, group_mean, mapping, tasks_of, verdicts
-from guidetune.report.tables import _md, markdown
+from guidetune.report.tables import markdown, markdown_text
 from guidetune.report.text import clean
 
 PAPER = "2605.01256"
@@ -85,17 +85,22 @@ def front_matter(results: Mapping[str, Any], arm: str) -> str:
 
 
 def _facts(pairs: Mapping[str, Any]) -> str:
-    return "".join(f"- {name}: {_md(numbers.any_value(value))}\n" for name, value in pairs.items() if value not in (None, "", [], {}))
+    return "".join(
+        f"- {name}: {markdown_text(numbers.any_value(value))}\n" for name, value in pairs.items() if value not in (None, "", [], {})
+    )
 
 
 def _how(results: Mapping[str, Any], arm: str) -> str:
     models = mapping(results.get("models"))
-    base, instruct = _md(_spec(models.get("base")) or "not recorded"), _md(_spec(models.get("instruct")) or "not recorded")
+    base, instruct = (
+        markdown_text(_spec(models.get("base")) or "not recorded"),
+        markdown_text(_spec(models.get("instruct")) or "not recorded"),
+    )
     settings = settings_of(results, arm)
     tune, into = mapping(settings.get("tune")), mapping(settings.get("transfer"))
     on, weights = tune.get("on"), _method_names(tune.get("weights"))
     weighted = (
-        f"each target token's loss weighted by {', '.join(_md(name) for name in weights)}"
+        f"each target token's loss weighted by {', '.join(markdown_text(name) for name in weights)}"
         if weights
         else "every target token weighted alike"
     )
@@ -106,7 +111,7 @@ def _how(results: Mapping[str, Any], arm: str) -> str:
             f"An adapter was trained on the base model with {weighted}, and its change of the weights was then added to the instruct model."
         )
     else:
-        lead = f"An adapter was trained on the {_md(str(on))} model itself with {weighted}, and merged into it."
+        lead = f"An adapter was trained on the {markdown_text(str(on))} model itself with {weighted}, and merged into it."
     params = tune.get("params")
     shown = {
         "base": base,
@@ -140,13 +145,13 @@ def _data(results: Mapping[str, Any]) -> str:
     lines = ["| source | read | used | of these shortened | dropped |", "|---|---:|---:|---:|---:|"]
     for name, part in [*mapping(ledger.get("sources")).items(), ("**all**", ledger)]:
         dropped = sum(int(numbers.finite(n) or 0) for n in mapping(mapping(part).get("dropped")).values())
-        shown = name if name == "**all**" else _md(str(name))
+        shown = name if name == "**all**" else markdown_text(str(name))
         lines.append(f"| {shown} | {' | '.join(numbers.count(mapping(part).get(key)) for key in ('read', 'used', 'cut'))} | {dropped:,} |")
-    reasons = "; ".join(f"{_md(str(reason))}: {numbers.count(n)}" for reason, n in mapping(ledger.get("dropped")).items())
+    reasons = "; ".join(f"{markdown_text(str(reason))}: {numbers.count(n)}" for reason, n in mapping(ledger.get("dropped")).items())
     tail = f"\nDropped because: {reasons}.\n" if reasons else ""
     guidance = mapping(results.get("guidance"))
     if numbers.finite(guidance.get("mean_confidence")) is not None:
-        teacher, tokens = _md(str(guidance.get("teacher") or REFERENCE)), numbers.count(guidance.get("supervised_tokens"))
+        teacher, tokens = markdown_text(str(guidance.get("teacher") or REFERENCE)), numbers.count(guidance.get("supervised_tokens"))
         mean, below = numbers.score(guidance.get("mean_confidence")), numbers.percent(guidance.get("below_0.05"))
         tail += f"\nThe teacher ({teacher}) gave the {tokens} target tokens a mean probability of {mean}; {below} of them lie below 0.05.\n"
     return "\n".join(lines) + "\n" + tail
@@ -160,7 +165,7 @@ def _limits(results: Mapping[str, Any], arm: str, arm_results: Mapping[str, Any]
     if not tested["general"]:
         limits.append("General skills were not measured: what was forgotten is unknown.")
     else:
-        tasks = ", ".join(_md(label) for label in tested["general"])
+        tasks = ", ".join(markdown_text(label) for label in tested["general"])
         limits.append(f"Forgetting was looked for only with: {tasks}. Other abilities may have changed.")
     general = compare_group(arm_results, "general")
     if general and general.ci and general.ci[0] < 0:
@@ -190,28 +195,34 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
 
         raise BadInput(f"the results hold no arm {arm!r}; they have: {', '.join(arms) or 'none'}")
     own = arms[arm]
-    name = _md(str(results.get("name") or "run"))
+    name = markdown_text(str(results.get("name") or "run"))
     models = mapping(results.get("models"))
-    instruct = _md(_spec(models.get("instruct")) or "an instruct model")
+    instruct = markdown_text(_spec(models.get("instruct")) or "an instruct model")
     verdict = next((verdict.text for verdict in verdicts(results) if verdict.arm == arm), "")
     evaluated = not failed(own) and (group_mean(own, "task") is not None or group_mean(own, "general") is not None)
-    shown = {key: value for key, value in arms.items() if key in (arm, REFERENCE)} if evaluated else {}
-    table = markdown({**results, "arms": shown}) if evaluated else ""
+    table = markdown(results, only=(arm, REFERENCE)) if evaluated else ""
     transfer = {
         str(key).replace("_", " "): value
         for key, value in mapping(own.get("transfer")).items()
         if isinstance(value, (str, int, float, bool))
     }
-    versions = ", ".join(f"{_md(str(key))} {_md(str(value))}" for key, value in mapping(results.get("versions")).items())
+    versions = ", ".join(
+        f"{markdown_text(str(key))} {markdown_text(str(value))}" for key, value in mapping(results.get("versions")).items()
+    )
     year = "2026"
     parts = [
         front_matter(results, arm),
-        f"# {name}: {_md(arm)}\n\n{instruct}, specialised with guidetune ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})); arm {_md(arm)}.",
-        *([_md(str(own["description"]))] if own.get("description") else []),
+        f"# {name}: {markdown_text(arm)}\n\n{instruct}, specialised with guidetune ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})); arm "
+        f"{markdown_text(arm)}.",
+        *([markdown_text(str(own["description"]))] if own.get("description") else []),
         f"## How it was made\n\n{_how(results, arm)}",
         f"## Data\n\n{_data(results)}",
-        f"## Gain and forgetting\n\n**{_md(arm)}**: {_md(verdict)}\n\n{table}"
-        + ("\nPaired tests on the same items; \\* p < .05, \\*\\* p < .01, \\*\\*\\* p < .001, uncorrected.\n" if evaluated else ""),
+        f"## Gain and forgetting\n\n**{markdown_text(arm)}**: {markdown_text(verdict)}\n\n{table}"
+        + (
+            "\nPaired tests on the same items; \\* p < .05, \\*\\* p < .01, \\*\\*\\* p < .001, after Holm correction over the arms.\n"
+            if evaluated
+            else ""
+        ),
         "## Limits\n\n" + "".join(f"- {line}\n" for line in _limits(results, arm, own)),
         *([f"## Transfer\n\n{_facts(transfer)}"] if transfer else []),
         "## How to load it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -225,7 +236,7 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
         "  title     = {GIFT: Guided Fine-Tuning and Transfer for Enhancing Instruction-Tuned Language Models},\n"
         f"  booktitle = {{ACL}},\n  year      = {{{year}}},\n  eprint    = {{{PAPER}}},\n  archivePrefix = {{arXiv}}\n}}\n```\n",
         *(
-            [f"Made {_md(str(results.get('created')))} with {versions}." if results.get("created") else f"Made with {versions}."]
+            [f"Made {markdown_text(str(results.get('created')))} with {versions}." if results.get("created") else f"Made with {versions}."]
             if versions
             else []
         ),

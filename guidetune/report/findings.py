@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from guidetune.report import numbers
@@ -93,10 +93,24 @@ class Comparison:
     lost: int | None = None
     gained: int | None = None
     test: str = ""
+    p_adjusted: float | None = None
+    mde: float | None = None
+    verdict: str = ""
 
     @property
     def significant(self) -> bool:
+        """By its own p alone."""
         return self.p is not None and self.p < LEVEL
+
+    @property
+    def corrected(self) -> float | None:
+        """p after correction over the arms where that is known, else p."""
+        return self.p if self.p_adjusted is None else self.p_adjusted
+
+    @property
+    def holds(self) -> bool:
+        """Significant after correction over the arms."""
+        return self.corrected is not None and self.corrected < LEVEL
 
 
 def compare_task(result: Mapping[str, Any]) -> Comparison | None:
@@ -110,7 +124,18 @@ def compare_task(result: Mapping[str, Any]) -> Comparison | None:
         diff, ci = -diff, (-ci[1], -ci[0]) if ci else None
     counts = [int(value) if (value := numbers.finite(paired.get(key))) is not None else None for key in ("kept", "lost", "gained")]
     n = numbers.finite(paired.get("n")) or numbers.finite(result.get("n")) or 0
-    return Comparison(diff, ci, numbers.finite(paired.get("p")), int(n), 1, *counts, test=str(paired.get("test") or ""))
+    return Comparison(
+        diff,
+        ci,
+        numbers.finite(paired.get("p")),
+        int(n),
+        1,
+        *counts,
+        test=str(paired.get("test") or ""),
+        p_adjusted=numbers.finite(paired.get("p_adjusted")),
+        mde=numbers.finite(paired.get("mde")),
+        verdict=str(paired.get("verdict") or ""),
+    )
 
 
 def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
@@ -139,22 +164,95 @@ def compare_group(arm: Mapping[str, Any], group: str) -> Comparison | None:
     return Comparison(mean, (mean - half, mean + half), p, n, len(parts), *counts, test="normal approximation over tasks")
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's step-down adjustment: p_(i) -> max_{j<=i} min(1, (m-j+1) p_(j)) over the m sorted p-values."""
-    adjusted, running = {}, 0.0
-    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p))
-        adjusted[key] = running
-    return adjusted
+def comparisons(results: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Comparison]:
+    """Every comparison with the instruct model by (arm, group, task label), the mean of a group under None.
+
+    An arm with several seeds is compared over seeds and items, where that test was made. Each has its p after Holm's correction over the
+    arms of the same task: the stored one, else computed here.
+    """
+    from guidetune.evaluation.statistics import holm
+
+    found: dict[tuple[str, str, str | None], Comparison] = {}
+    stored = mapping(mapping(results.get("comparison")).get("groups"))
+    for name, arm in arms_of(results).items():
+        if name == REFERENCE or failed(arm):
+            continue
+        for group in GROUPS:
+            for label, result in tasks_of(arm, group).items():
+                first = compare_task(result)
+                if (part := compare_over_seeds(arm, group, label) or first) is not None:
+                    # a test over seeds has no single item that was kept or lost
+                    counts = {} if first is None else {key: getattr(first, key) for key in ("kept", "lost", "gained")}
+                    found[name, group, label] = replace(part, **counts)
+            counted = {
+                label: {**result, "vs_instruct": over_seeds(arm, group, label).get("vs_instruct") or result.get("vs_instruct")}
+                for label, result in tasks_of(arm, group).items()
+            }
+            if (part := compare_group({group: counted}, group)) is not None:
+                found[name, group, None] = _stored(part, mapping(mapping(stored.get(group)).get(name)))
+    for family in {key[1:] for key in found}:
+        members = {key: part for key, part in found.items() if key[1:] == family and part.p is not None}
+        for key, p in holm({key: part.p for key, part in members.items()}).items():
+            if members[key].p_adjusted is None:
+                found[key] = replace(members[key], p_adjusted=p)
+    return found
+
+
+def over_seeds(arm: Mapping[str, Any], group: str, label: str) -> dict[str, Any]:
+    """Mean, spread and test of one task over an arm's seeds; empty when it was not repeated."""
+    return mapping(mapping(mapping(arm.get("over_seeds")).get(group)).get(label))
+
+
+def compare_over_seeds(arm: Mapping[str, Any], group: str, label: str) -> Comparison | None:
+    """The test of one task over seeds and items, where the run made one."""
+    test = over_seeds(arm, group, label).get("vs_instruct")
+    return compare_task({**tasks_of(arm, group).get(label, {}), "vs_instruct": test}) if test else None
+
+
+def _stored(part: Comparison, entry: Mapping[str, Any]) -> Comparison:
+    """The comparison of a group as the run itself made it (over seeds, where there were several), else `part`."""
+    diff = numbers.finite(entry.get("diff"))
+    if diff is None:
+        return replace(part, p_adjusted=numbers.finite(entry.get("p_adjusted")) if entry else part.p_adjusted)
+    return replace(
+        part,
+        gain=diff,
+        ci=numbers.interval_ends(entry.get("ci")),
+        p=numbers.finite(entry.get("p")),
+        p_adjusted=numbers.finite(entry.get("p_adjusted")),
+        mde=numbers.finite(entry.get("mde")),
+        verdict=str(entry.get("verdict") or ""),
+    )
+
+
+def shown_mean(arm: Mapping[str, Any], group: str) -> float | None:
+    """A group's mean score, over the seeds where there are several."""
+    over = numbers.finite(mapping(mapping(arm.get("over_seeds")).get(f"{group}_mean")).get("mean"))
+    return group_mean(arm, group) if over is None else over
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names whose point no other beats on one axis without losing on the other (more is better on both), by x ascending."""
+
+    def beaten(name: str) -> bool:
+        x, y = points[name]
+        return any(a >= x and b >= y and (a > x or b > y) for other, (a, b) in points.items() if other != name)
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arm in words. `tone` is "reference", "better", "worse", "mixed", "even", "unknown" or "failed"."""
+    """One arm in words: `parts` on the task and on general skills. `tone`: reference, better, worse, mixed, even, unknown or failed."""
 
     arm: str
-    text: str
+    parts: tuple[str, ...]
     tone: str
+
+    @property
+    def text(self) -> str:
+        """All parts on one line."""
+        return " ".join(self.parts)
 
 
 def _n(comparison: Comparison) -> str:
@@ -164,16 +262,17 @@ def _n(comparison: Comparison) -> str:
 def _significance(comparison: Comparison, adjusted: float | None, tests: int) -> str:
     text = f"{numbers.p_value(comparison.p)}, significant"
     if adjusted is not None and adjusted >= LEVEL:
-        return f"{text} alone, but not after Holm correction for the {tests} comparisons here"
+        return f"{text} alone, but not after Holm correction over the {tests} arms"
     return text
 
 
-def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], group: str, adjusted: float | None, tests: int) -> str | None:
+def _clause(
+    name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], group: str, comparison: Comparison | None, tests: int
+) -> str | None:
     results = tasks_of(arm, group)
-    score, before = group_mean(arm, group), group_mean(reference, group)
+    score, before = shown_mean(arm, group), shown_mean(reference, group)
     if not results or score is None:
         return None
-    comparison = compare_group(arm, group)
     if comparison is None:
         return f"{name} {numbers.score(score)}, without a paired test against instruct"
     over = f" (mean of {comparison.tasks} tasks)" if comparison.tasks > 1 else ""
@@ -183,8 +282,10 @@ def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], gro
         over += " (a smaller score is better; + means improved)"
     change = f"{numbers.signed(comparison.gain)} {numbers.interval(comparison.ci)}" if comparison.ci else numbers.signed(comparison.gain)
     path = f"{numbers.score(before)} → {numbers.score(score)}, " if before is not None else ""
+    if comparison.verdict:
+        return f"{name}{over} {path.removesuffix(', ')}: {comparison.verdict.removesuffix('.')}"
     if comparison.significant:
-        evidence = _significance(comparison, adjusted, tests)
+        evidence = _significance(comparison, comparison.p_adjusted, tests)
     elif comparison.p is None:
         evidence = "no test available"
     else:
@@ -196,35 +297,35 @@ def _clause(name: str, arm: Mapping[str, Any], reference: Mapping[str, Any], gro
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     """One sentence per arm that claims no more than the paired tests allow."""
+
     arms = arms_of(results)
     reference = arms.get(REFERENCE, {})
-    comparisons = {
-        (name, group): compare_group(arm, group) for name, arm in arms.items() for group in GROUPS if name != REFERENCE and not failed(arm)
-    }
-    tested = {key: part.p for key, part in comparisons.items() if part is not None and part.p is not None}
-    adjusted = holm(tested)
+    means = {(arm, group): part for (arm, group, label), part in comparisons(results).items() if label is None}
+    adjusted = {key: part.p_adjusted for key, part in means.items() if part.p_adjusted is not None}
     said = []
     for name, arm in arms.items():
         if failed(arm):
-            said.append(Verdict(name, f"failed: {arm.get('error') or 'no reason was recorded'}", "failed"))
+            said.append(Verdict(name, (f"failed: {arm.get('error') or 'no reason was recorded'}",), "failed"))
             continue
         if name == REFERENCE:
-            said.append(Verdict(name, _reference_text(arm), "reference"))
+            said.append(Verdict(name, (_reference_text(arm),), "reference"))
             continue
         clauses = [
-            _clause(word, arm, reference, group, adjusted.get((name, group)), len(tested))
+            _clause(word, arm, reference, group, means.get((name, group)), sum(key[1] == group for key in adjusted))
             for word, group in (("task", "task"), ("general skills", "general"))
         ]
         stated = [clause for clause in clauses if clause]
         if not stated:
-            said.append(Verdict(name, "not evaluated: nothing can be said about its gain or its forgetting.", "unknown"))
+            said.append(Verdict(name, ("not evaluated: nothing can be said about its gain or its forgetting.",), "unknown"))
             continue
-        text = "; ".join(stated) + "."
+        parts = [f"{clause}." for clause in stated]
+        if len(parts) > 1 and not any(part.verdict for (arm_, _), part in means.items() if arm_ == name):
+            parts = ["; ".join(stated) + "."]
         if clauses[0] and not clauses[1]:
-            text += " General skills were not measured, so forgetting is unknown."
+            parts.append("General skills were not measured, so forgetting is unknown.")
         elif clauses[1] and not clauses[0]:
-            text += " The task was not measured, so the gain is unknown."
-        said.append(Verdict(name, text, _tone({group: comparisons[name, group] for group in GROUPS}, name, adjusted)))
+            parts.append("The task was not measured, so the gain is unknown.")
+        said.append(Verdict(name, tuple(parts), _tone({group: means.get((name, group)) for group in GROUPS}, name, adjusted)))
     return said
 
 

@@ -1,59 +1,95 @@
-"""`report.html`: one self-contained page about a run. No script, no network, nothing outside the file."""
+"""The pages: `report.html` of a run, and the page that puts several runs side by side. No script, no network, nothing outside the file."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guidetune.artefacts import write_text_atomic
 from guidetune.errors import BadInput
-from guidetune.report import numbers, plots, samples
-from guidetune.report.findings import (
-    GROUPS,
-    REFERENCE,
-    Comparison,
-    arms_of,
-    breakdown,
-    compare_group,
-    compare_task,
-    failed,
-    group_mean,
-    labels,
-    mapping,
-    natural,
-    signal_ends,
-    tasks_of,
-    verdicts,
-)
-from guidetune.report.tables import Row, rows_of, seed_rows, total_seconds
-from guidetune.report.text import clean, clip
+from guidetune.report import numbers, runs, sections, sheets
+from guidetune.report.text import clean
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_SKILLS = 40
-MAX_TEXT = 40_000  # characters of the recipe and of other long blocks
+MAX_BYTES = 2_900_000
 
 
-def write(run: Path) -> Path:
-    """Write `run/report.html` from `run/results.json` and the files it names, and return its path.
+def write(run: Path, out: Path | None = None, export: Path | None = None) -> Path:
+    """Write a run's page (`run/report.html`, or `out`) from `run/results.json` and the files it names, and return its path.
 
-    Parts that a run does not have (a failed arm, no evaluation, no guidance) are named as missing on the page.
+    Parts that a run does not have (a failed arm, no evaluation, no guidance) are named as missing on the page. `export` is a folder for
+    every table of the page as CSV and Markdown.
 
     Raises:
-        BadInput: `run` holds no readable results.json.
+        BadInput: `run` holds no readable results.json, or a place cannot be written to.
     """
     run = Path(run)
-    results = _read_results(run)
-    target = run / "report.html"
-    write_text_atomic(target, render(run, results))
+    results = read_results(run)
+    values = sections.page(run, results)
+    target = _save(out or run / "report.html", _fitted(run, results, values))
+    if export is not None:
+        sheets.export(sheets.of_page(values, results), Path(export))
+    return target
+
+
+def write_comparison(folders: Sequence[Path], out: Path | None = None, export: Path | None = None) -> Path:
+    """Write the page that puts several runs side by side (`comparison.html` beside the first, or `out`), and return its path.
+
+    Raises:
+        BadInput: fewer than two runs, one given twice or without results, or a place that cannot be written to.
+    """
+    values = runs.page(folders)
+    target = _save(out or Path(folders[0]).resolve().parent / "comparison.html", _render("runs.html.j2", values))
+    if export is not None:
+        sheets.export(runs.sheets(values), Path(export))
+    return target
+
+
+def _save(target: Path, text: str) -> Path:
+    target = Path(target)
+    if target.is_dir():
+        raise BadInput(f"{target} is a folder; name the file to write, e.g. {target / 'report.html'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(target, text)
+    except OSError as error:
+        raise BadInput(f"cannot write {target}: {error.strerror or error}; choose another --out") from None
     return target
 
 
 def render(run: Path, results: Mapping[str, Any]) -> str:
     """The page as text; `run` is the folder that relative paths in `results` start from."""
+    return _fitted(run, results, sections.page(run, results))
+
+
+def _fitted(run: Path, results: Mapping[str, Any], values: dict[str, Any]) -> str:
+    """The page; where it would be larger than `MAX_BYTES`, with fewer items in its browser."""
+    text = _render("report.html.j2", values)
+    if (excess := len(text.encode("utf-8")) - MAX_BYTES) > 0:
+        start = text.index('<section id="items">')
+        taken = len(text[start : text.index("</section>", start)].encode("utf-8"))
+        room = max(0.0, 0.8 * (taken - 1.2 * excess))  # what an item will take is an estimate
+        text = _render("report.html.j2", values | sections.browser(run, results, room))
+    return text
+
+
+def _render(template: str, values: Mapping[str, Any]) -> str:
+    from markupsafe import Markup
+
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return _environment().get_template(template).render(style=style, **values).lstrip()
+
+
+@cache
+def _environment() -> Environment:
+    """Templates that escape everything and fail on anything that is not there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -82,9 +118,10 @@ def render(run: Path, results: Mapping[str, Any]) -> str:
         "count": numbers.count,
         "duration": numbers.duration,
         "memory": numbers.memory,
+        "size": numbers.size,
+        "weight": numbers.weight,
     }
-    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.j2").render(style=style, **page(run, results)).lstrip()
+    return environment
 
 
 def _tied(text: str) -> str:
@@ -93,7 +130,12 @@ def _tied(text: str) -> str:
     return re.sub(r"\[(\S+), (\S+)\]", "[\\1,\u00a0\\2]", text)
 
 
-def _read_results(run: Path) -> dict[str, Any]:
+def read_results(run: Path) -> dict[str, Any]:
+    """results.json of a run folder.
+
+    Raises:
+        BadInput: there is none, or it cannot be read.
+    """
     path = run / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8", errors="replace"))
@@ -103,352 +145,12 @@ def _read_results(run: Path) -> dict[str, Any]:
         raise BadInput(f"cannot read {path}: {error}; start the run again to write it anew") from None
     if not isinstance(results, dict):
         raise BadInput(f"{path} holds a {type(results).__name__}, not an object; start the run again to write it anew")
-    return results
+    return _as_run(results)
 
 
-def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything the template shows, each part already worded, or None where the run does not have it."""
-    arms = arms_of(results)
-    palette = plots.Palette(list(arms), REFERENCE)
-    found, not_shown = samples.collect(run, results)
-    return {
-        "title": str(results.get("name") or run.name or "run"),
-        "kind": "comparison" if results.get("kind") == "compare" else "run",
-        "created": _moment(results.get("created")),
-        "seconds": numbers.finite(results.get("seconds")),
-        "models": _models(results),
-        "verdicts": verdicts(results),
-        "about": {name: str(arm.get("description") or "") for name, arm in arms.items()},
-        "tests": sum(
-            compare_group(arm, group) is not None for name, arm in arms.items() for group in GROUPS if name != REFERENCE and not failed(arm)
-        ),
-        "arms": _arms(results, arms),
-        "seeds": seed_rows(results),
-        "colour": palette.index,
-        "forest": _forest(arms, palette),
-        "evaluated": any(labels(results, group) for group in GROUPS),
-        "tradeoff": _tradeoff(arms, palette),
-        "skills": _skills(results, arms, palette),
-        "difficulty": _difficulty(results, arms, palette),
-        "loss": _loss(run, results, arms, palette),
-        "confidence": _confidence(mapping(results.get("guidance"))),
-        "signal": _signal(arms, palette),
-        "samples": found,
-        "samples_missing": not_shown,
-        "ledger": _ledger(run, results),
-        "transfer": _transfer(arms),
-        "costs": _costs(arms),
-        "recipe": _recipe(run, results),
-        "versions": list(_leaves(mapping(results.get("versions")))),
-        "machine": list(_leaves(mapping(results.get("machine")))),
-    }
-
-
-def _moment(value: Any) -> str:
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return datetime.fromtimestamp(value).strftime("%Y-%m-%d %H:%M")
-        return datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M")
-    except (ValueError, OSError, OverflowError):
-        return str(value or "")
-
-
-def _models(results: Mapping[str, Any]) -> dict[str, Any]:
-    models = mapping(results.get("models"))
-    names = {}
-    for role in ("base", "instruct"):
-        value = models.get(role)
-        names[role] = str(value.get("spec") or value.get("path") or "") if isinstance(value, Mapping) else str(value or "")
-    return {"names": names, "pair": list(_leaves(mapping(models.get("pair"))))}
-
-
-def _arms(results: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    shown = []
-    for name, arm in arms.items():
-        rows: list[Row] = [] if failed(arm) else [row for row in rows_of(results, name, arm) if row.score is not None]
-        shown.append(
-            {
-                "name": name,
-                "rows": rows,
-                "failed": failed(arm),
-                "error": str(arm.get("error") or "no reason was recorded"),
-                "seconds": total_seconds(arm),
-                "reference": name == REFERENCE,
-            }
-        )
-    return shown
-
-
-def _forest(arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> Callable[[Comparison, str], Any]:
-    """Draws a comparison on the scale that all arms share."""
-    parts = [compare_task(result) for arm in arms.values() for group in GROUPS for result in tasks_of(arm, group).values()]
-    reach = max((abs(end) for part in parts if part for end in (part.gain, *(part.ci or ()))), default=0.0) or 1.0
-    return lambda comparison, name: _markup(plots.forest(comparison.gain, comparison.ci, reach, palette.index(name)))
-
-
-def _tradeoff(arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> dict[str, Any] | None:
-    reference = arms.get(REFERENCE, {})
-    before = group_mean(reference, "general")
-    if not before or before < 0 or group_mean(reference, "task") is None:
-        return None
-    points: dict[str, Any] = {REFERENCE: {"x": 1.0, "y": 0.0, "x_ci": None, "y_ci": None}}
-    for name, arm in arms.items():
-        if name == REFERENCE or failed(arm):
-            continue
-        task, general = compare_group(arm, "task"), compare_group(arm, "general")
-        if task is None or general is None:
-            continue
-        points[name] = {
-            "x": 1 + general.gain / before,
-            "y": task.gain,
-            "x_ci": tuple(1 + end / before for end in general.ci) if general.ci else None,
-            "y_ci": task.ci,
-        }
-    return {"svg": _markup(plots.gain_against_retention(points, palette)), "points": points} if len(points) > 1 else None
-
-
-def _markup(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def _skills(results: Mapping[str, Any], arms: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any] | None:
-    scores = breakdown(results, "general", "skill")
-    if not scores:
-        return None
-
-    def change(skill: str) -> float:
-        cells = scores[skill]
-        others = [value for name, (value, _) in cells.items() if name != REFERENCE]
-        return sum(others) / len(others) - cells[REFERENCE][0] if others and REFERENCE in cells else 0.0
-
-    order = sorted(scores, key=lambda skill: (change(skill), natural(skill)))  # most forgotten first
-    kept = order if len(order) <= MAX_SKILLS else sorted(order, key=lambda skill: -abs(change(skill)))[:MAX_SKILLS]
-    kept = [skill for skill in order if skill in set(kept)]
-    names = [name for name in arms if any(name in scores[skill] for skill in kept)]
-    figure = plots.skill_bars({skill: scores[skill] for skill in kept}, names, REFERENCE, palette)
-    return {
-        "svg": _markup(figure),
-        "left_out": len(order) - len(kept),
-        "names": names,
-        "table": [(skill, [scores[skill].get(name) for name in names]) for skill in kept],
-    }
-
-
-def _difficulty(results: Mapping[str, Any], arms: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any] | None:
-    panels: dict[str, Any] = {}
-    for label in labels(results, "task"):
-        one = {"arms": {name: {"task": {label: tasks_of(arm, "task").get(label)}} for name, arm in arms.items()}}
-        levels = breakdown(one, "task", "difficulty")
-        if len(levels) > 1:
-            panels[label] = {level: levels[level] for level in sorted(levels, key=natural)}
-    if not panels:
-        return None
-    drawn = dict(list(panels.items())[:3])
-    names = [name for name in arms if any(name in cells for levels in panels.values() for cells in levels.values())]
-    table = [(task, level, [cells.get(name) for name in names]) for task, levels in panels.items() for level, cells in levels.items()]
-    return {
-        "svg": _markup(plots.by_difficulty(drawn, list(arms), palette)),
-        "names": names,
-        "table": table,
-        "left_out": len(panels) - len(drawn),
-    }
-
-
-def _metrics_file(run: Path, name: str, arm: Mapping[str, Any], kind: Any) -> Path | None:
-    stated = mapping(arm.get("paths")).get("metrics")
-    candidates = [run / stated] if isinstance(stated, str) and stated else []
-    candidates.append(run / "arms" / name / "metrics.jsonl")
-    if kind == "run" and name != REFERENCE:
-        candidates.append(run / "metrics.jsonl")
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _loss(run: Path, results: Mapping[str, Any], arms: Mapping[str, Any], palette: plots.Palette) -> dict[str, Any] | None:
-    curves: dict[str, Any] = {}
-    for name, arm in arms.items():
-        path = _metrics_file(run, name, arm, results.get("kind"))
-        if path is None:
-            continue
-        curve: dict[str, list[tuple[float, float]]] = {"train": [], "validation": []}
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = mapping(json.loads(line))
-                except ValueError:
-                    continue  # a killed run may leave half a line
-                step = numbers.finite(row.get("step"))
-                for key, kind in (("loss", "train"), ("validation_loss", "validation")):
-                    value = numbers.finite(row.get(key))
-                    if step is not None and value is not None:
-                        curve[kind].append((step, value))
-        if curve["train"] or curve["validation"]:
-            curves[name] = curve
-    if not curves:
-        return None
-    table = [
-        (
-            name,
-            *(
-                ends
-                for kind in ("train", "validation")
-                for ends in ((curve[kind][0][1], curve[kind][-1][1]) if curve[kind] else (None, None))
-            ),
-        )
-        for name, curve in curves.items()
-    ]
-    return {
-        "svg": _markup(plots.loss_curves(curves, palette)),
-        "table": table,
-        "validated": any(curve["validation"] for curve in curves.values()),
-    }
-
-
-def _confidence(guidance: Mapping[str, Any]) -> dict[str, Any] | None:
-    histogram = mapping(guidance.get("histogram"))
-    edges = [value for part in histogram.get("edges") or [] if (value := numbers.finite(part)) is not None]
-    counts = [numbers.finite(part) or 0.0 for part in histogram.get("counts") or []]
-    mean, below = numbers.finite(guidance.get("mean_confidence")), numbers.finite(guidance.get("below_0.05"))
-    if mean is None and not counts:
-        return None
-    drawable = len(edges) == len(counts) + 1 and sum(counts) > 0
-    return {
-        "svg": _markup(plots.confidence_histogram(edges, counts, mean, below)) if drawable else None,
-        "mean": mean,
-        "below": below,
-        "tokens": guidance.get("supervised_tokens"),
-        "teacher": str(guidance.get("teacher") or REFERENCE),
-    }
-
-
-def _signal(arms: Mapping[str, Mapping[str, Any]], palette: plots.Palette) -> dict[str, Any] | None:
-    shares = {}
-    for name, arm in arms.items():
-        parts = [
-            {key: numbers.finite(mapping(part).get(key)) for key in ("lo", "hi", "tokens", "signal")} for part in arm.get("signal") or []
-        ]
-        parts = [part for part in parts if None not in (part["lo"], part["hi"], part["signal"])]
-        if parts:
-            shares[name] = parts
-    if not shares:
-        return None
-    table = [(name, *signal_ends(parts)) for name, parts in shares.items()]
-    return {"svg": _markup(plots.signal_shares(shares, palette)), "table": table}
-
-
-def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    ledger = mapping(results.get("ledger"))
-    if not ledger and (run / "data" / "ledger.json").is_file():
-        try:
-            ledger = mapping(json.loads((run / "data" / "ledger.json").read_text(encoding="utf-8", errors="replace")))
-        except ValueError:
-            ledger = {}
-    if not ledger:
-        return None
-
-    def row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-        dropped = mapping(part.get("dropped"))
-        return {
-            "name": name,
-            **{key: part.get(key) for key in ("read", "used", "cut")},
-            "dropped": sum(numbers.finite(n) or 0 for n in dropped.values()),
-        }
-
-    examples = mapping(ledger.get("examples"))
-    reasons = [
-        (
-            str(reason),
-            n,
-            [_example(mapping(example)) for example in list(examples.get(reason) or [])[:3]],
-        )
-        for reason, n in sorted(mapping(ledger.get("dropped")).items(), key=lambda pair: -(numbers.finite(pair[1]) or 0))
-    ]
-    changes = [
-        (_words(key), value) for key in ("tokens_cut", "appended_eos", "trimmed_turns") if (value := numbers.finite(ledger.get(key)))
-    ]
-    read, used = numbers.finite(ledger.get("read")), numbers.finite(ledger.get("used"))
-    total = row("all", ledger)
-    return {
-        "sources": [row(str(name), mapping(part)) for name, part in mapping(ledger.get("sources")).items()],
-        "total": total,
-        "reasons": reasons,
-        "lengths": [(str(key), value) for key, value in mapping(ledger.get("lengths")).items()],
-        "changes": changes,
-        "tokens": ledger.get("tokens"),
-        "supervised": ledger.get("supervised_tokens"),
-        "stops": ledger.get("ends_with_stop"),
-        "used": used,
-        "unaccounted": None if read is None or used is None else int(read - used - total["dropped"]),
-    }
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    """One dropped row: where it stands and why it was dropped."""
-    place = ", ".join(
-        f"{word}{example[key]}" for key, word in (("id", ""), ("source", ""), ("line", "line ")) if example.get(key) not in (None, "")
-    )
-    return clip(f"{place}: {example['why']}" if example.get("why") else place, 300)[0]
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(name, text) of every leaf of nested settings; long lists are cut with a note."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _leaves(part, f"{prefix} › {_words(key)}" if prefix else _words(key))
-    elif isinstance(value, (list, tuple)):
-        shown = ", ".join(
-            numbers.any_value(part) if not isinstance(part, (Mapping, list)) else json.dumps(part, default=str) for part in value[:8]
-        )
-        more = f", … {len(value) - 8} more" if len(value) > 8 else ""
-        yield prefix, clip(shown or "none", 600)[0] + more
-    else:
-        yield prefix, clip(numbers.any_value(value), 600)[0]
-
-
-def _words(key: Any) -> str:
-    return str(key).replace("_", " ")
-
-
-def _transfer(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Facts of the transfers as one table, a row per fact and a column per arm."""
-    facts = {name: dict(list(_leaves(mapping(arm.get("transfer"))))[:40]) for name, arm in arms.items() if mapping(arm.get("transfer"))}
-    if not facts:
-        return None
-    keys = list(dict.fromkeys(key for leaves in facts.values() for key in leaves))
-    return {"names": list(facts), "rows": [(key, [leaves.get(key, "") for leaves in facts.values()]) for key in keys]}
-
-
-def _costs(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    shown = []
-    for name, arm in arms.items():
-        cost, tune = mapping(arm.get("cost")), mapping(arm.get("tune"))
-        if not cost and not tune:
-            continue
-        seconds, tokens = numbers.finite(cost.get("tune_s")), numbers.finite(cost.get("tokens"))
-        shown.append(
-            {
-                "name": name,
-                "stages": [numbers.finite(cost.get(f"{stage}_s")) for stage in ("guide", "tune", "transfer", "evaluate")],
-                "total": total_seconds(arm),
-                "tokens": tokens,
-                "steps": numbers.finite(cost.get("steps", tune.get("steps"))),
-                "rate": tokens / seconds if tokens and seconds else None,
-                "memory": numbers.finite(cost.get("peak_rss_mb")),
-            }
-        )
-    return shown
-
-
-def _recipe(run: Path, results: Mapping[str, Any]) -> str:
-    recipe = mapping(results.get("recipe"))
-    if recipe:
-        import yaml
-
-        # A round trip through JSON turns tuples and paths into what YAML can write plainly.
-        text = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False, allow_unicode=True, width=100)
-    else:
-        path = run / "recipe.yaml"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    text, cut = clip(text, MAX_TEXT)
-    return text + (f"\n# … {cut:,} more characters in recipe.yaml" if cut else "")
+def _as_run(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of `guidetune eval` in the shape of a run with one arm."""
+    if "arms" in results or not isinstance(results.get("tasks"), Mapping):
+        return results
+    arm = {"status": "ok", "task": results["tasks"], "general": {}, "fingerprint": results.get("fingerprint")}
+    return {**results, "kind": "eval", "arms": {str(results.get("model") or "model"): arm}}

@@ -79,6 +79,15 @@ def percent(value: Any, digits: int = 1) -> str:
     return MISSING if number is None else f"{_plain(100 * number, digits)} %".replace("-", MINUS)
 
 
+def weight(value: Any) -> str:
+    """A token weight as short as it stays readable: 0, .03, .5, 1."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    text = f"{number:.2f}".rstrip("0").rstrip(".")
+    return "<.01" if text == "0" and number > 0 else text[1:] if text.startswith("0.") else text
+
+
 def count(value: Any) -> str:
     """A whole number with thin grouping, e.g. 12,345."""
     number = finite(value)
@@ -106,6 +115,18 @@ def memory(megabytes: Any) -> str:
     if number is None:
         return MISSING
     return f"{number / 1024:.1f} GB" if number >= 1024 else f"{number:.0f} MB"
+
+
+def size(bytes_: Any) -> str:
+    """A size on disk given in bytes."""
+    number = finite(bytes_)
+    if number is None:
+        return MISSING
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if number >= 10 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
 
 
 def any_value(value: Any) -> str:

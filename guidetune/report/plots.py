@@ -1,178 +1,68 @@
-"""Plots as inline SVG that follow the page's theme: no colour is fixed, every figure has a title and a description.
-
-matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables (with a fallback that is readable on white
-and on black), so one file serves light, dark and print.
-"""
+"""The figures of the report."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from guidetune.report import numbers
-from guidetune.report.text import clean
+from guidetune.report.figure import ARM_COLOURS, ARMS, INK, MUTED, PAPER, Palette, canvas, legend, place_labels, short, svg, wilson_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDTH = 7.6  # inches; the page scales the drawing to its column
-# Placeholder -> (CSS variable, fallback). The fallbacks keep contrast >= 3 on white and on black, for a drawing copied out of the page.
-_INK, _MUTED, _GRID, _PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
-_THEME = {_INK: ("ink", "#767676"), _MUTED: ("muted", "#767676"), _GRID: ("grid", "#8888"), _PAPER: ("paper", "#0000")}
-ARM_COLOURS = ("#767676", "#c8591f", "#8f7300", "#2f7fc1", "#1f8a63", "#9a62c7", "#c74a8f", "#1a8a96", "#9a6a45")
-_ARMS = [f"#0a0c{i:02x}" for i in range(len(ARM_COLOURS))]
-_THEME |= {mark: (f"arm-{i}", colour) for i, (mark, colour) in enumerate(zip(_ARMS, ARM_COLOURS, strict=True))}
-_MARKERS = "osD^vPX*p"
-_DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), "-", (0, (6, 2, 1.5, 2)), (0, (3, 1.5)), (0, (8, 2)), (0, (1, 1)), "-"]
-
-
-class Palette:
-    """A fixed colour, marker and dash for every arm; 0 is the instruct model's. Beyond eight arms colours repeat with other markers."""
-
-    def __init__(self, names: Sequence[str], reference: str) -> None:
-        others = [name for name in names if name != reference]
-        self._index = {name: 1 + i % (len(ARM_COLOURS) - 1) for i, name in enumerate(others)} | {reference: 0}
-        self._order = {name: i for i, name in enumerate([reference, *others])}
-
-    def index(self, name: str) -> int:
-        return self._index.get(name, 0)
-
-    def colour(self, name: str) -> str:
-        return _ARMS[self.index(name)]
-
-    def marker(self, name: str) -> str:
-        return _MARKERS[self._order.get(name, 0) % len(_MARKERS)]
-
-    def dash(self, name: str) -> Any:
-        return _DASHES[self._order.get(name, 0) % len(_DASHES)]
+__all__ = [
+    "ARM_COLOURS",
+    "Palette",
+    "by_difficulty",
+    "confidence_histogram",
+    "forest",
+    "gain_against_retention",
+    "loss_curves",
+    "run_dots",
+    "sample_curves",
+    "scale_sweep",
+    "signal_shares",
+    "skill_bars",
+]
 
 
-@contextmanager
-def _canvas(height: float, width: float = WIDTH) -> Iterator[Figure]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings: dict[str, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "guidetune",
-        "text.parse_math": False,
-        "font.family": "DejaVu Sans",
-        "font.size": 8.2,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-        "axes.linewidth": 0.7,
-        "axes.titlesize": 8.6,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.6,
-        "xtick.major.size": 3,
-        "ytick.major.size": 0,
-        "xtick.major.width": 0.7,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "legend.fontsize": 8.2,
-        "axes.unicode_minus": True,
-        "figure.constrained_layout.use": True,
-        "axes.formatter.useoffset": False,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-    }
-    # A warning here is about a glyph that the measuring font lacks; the reader's browser has its own fonts.
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield Figure(figsize=(width, height))
-
-
-def _svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an inline <svg>: theme variables for colours, page fonts, ids that are unique on the page, title and description."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'(?<![\w-])id="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
-    text = re.sub(r"font: ((?:[\w.%-]+ )*?[\d.]+px) [^;\"]+", r"font: \1 var(--sans, sans-serif)", text)
-    text = re.sub(r"font-family: [^;\"]+", "font-family: var(--sans, sans-serif)", text)
-    for mark, (variable, fallback) in _THEME.items():
-        text = text.replace(mark, f"var(--{variable}, {fallback})")
-    text = re.sub(r"(-?\d+\.\d{3})\d+", r"\1", text)  # a thousandth of a point is finer than any screen
-    text = re.sub(r"\n\s*", "\n", text)
-    view = re.search(r'viewBox="([^"]+)"', text)
-    head = (
-        f'<svg class="plot" role="img" viewBox="{view.group(1) if view else ""}" aria-labelledby="{name}-t {name}-d">'
-        f'<title id="{name}-t">{escape(clean(title))}</title><desc id="{name}-d">{escape(clean(description))}</desc>'
-    )
-    return clean(re.sub(r"<svg\b[^>]*>", lambda _: head, text, count=1))
-
-
-def _key(name: str) -> str:
-    """A legend label; matplotlib leaves out those that start with an underscore, so a hair space goes before it."""
-    label = _short(name, 22)
-    return f"\u200a{label}" if label.startswith("_") else label
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    from guidetune.evaluation.statistics import wilson  # numpy is not needed to import this package
-
-    return wilson(share * n, n)
-
-
-def _short(label: str, limit: int = 28) -> str:
-    label = " ".join(clean(label).split())
-    return label if len(label) <= limit else label[: limit - 1] + "…"
-
-
-def _spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions as near as possible to `wanted` that keep `gap` between neighbours."""
-    placed = list(wanted)
-    order = sorted(range(len(placed)), key=lambda i: placed[i])
-    for _ in range(200):
-        moved = False
-        for below, above in zip(order, order[1:], strict=False):
-            short = gap - (placed[above] - placed[below])
-            if short > 1e-6:
-                placed[below] -= short / 2
-                placed[above] += short / 2
-                moved = True
-        if not moved:
-            break
-    return placed
-
-
-def gain_against_retention(points: Mapping[str, Mapping[str, Any]], palette: Palette) -> str:
+def gain_against_retention(points: Mapping[str, Mapping[str, Any]], palette: Palette, frontier: Sequence[str] = ()) -> str:
     """Scatter of task gain (y) against general retention relative to instruct (x); up and right is better.
 
-    `points[arm]` = {"x", "y", "x_ci", "y_ci"}; x is a ratio (1 = all kept), the intervals may be None.
+    `points[arm]` = {"x", "y", "x_ci", "y_ci", "seeds"}; x is a ratio (1 = all kept), the intervals may be None, `seeds` are (x, y) of
+    each training seed. `frontier` names the arms that no other beats on both axes, from left to right; they are joined by a stair.
     """
-    with _canvas(3.7) as figure:
+    with canvas(4.1) as figure:
         ax = figure.add_subplot()
         ax.grid(True)
-        ax.axhline(0, color=_MUTED, lw=0.9)
-        ax.axvline(100, color=_MUTED, lw=0.9)
+        ax.axhline(0, color=MUTED, lw=0.9)
+        ax.axvline(100, color=MUTED, lw=0.9)
+        if len(frontier) > 1:
+            stair = [points[name] for name in frontier]
+            # Between two arms of the frontier nothing better than the worse of both coordinates has been reached.
+            ax.step(
+                [100 * p["x"] for p in stair], [p["y"] for p in stair], where="pre", color=INK, lw=1.1, ls=(0, (2, 2)), alpha=0.6, zorder=2
+            )
         for name, point in points.items():
             x, y = 100 * point["x"], point["y"]
             x_ci, y_ci = point.get("x_ci"), point.get("y_ci")
+            colour = palette.colour(name)
+            for seed_x, seed_y in point.get("seeds") or ():
+                ax.plot(
+                    100 * seed_x,
+                    seed_y,
+                    marker=palette.marker(name),
+                    ms=4,
+                    mfc="none",
+                    mec=colour,
+                    mew=0.8,
+                    alpha=0.75,
+                    ls="none",
+                    zorder=2,
+                )
             xerr = [[max(0.0, x - 100 * x_ci[0])], [max(0.0, 100 * x_ci[1] - x)]] if x_ci else None
             yerr = [[max(0.0, y - y_ci[0])], [max(0.0, y_ci[1] - y)]] if y_ci else None
             ax.errorbar(
@@ -180,73 +70,84 @@ def gain_against_retention(points: Mapping[str, Mapping[str, Any]], palette: Pal
                 y,
                 xerr=xerr,
                 yerr=yerr,
-                color=palette.colour(name),
+                color=colour,
                 marker=palette.marker(name),
                 ms=7,
                 elinewidth=1.2,
                 capsize=0,
-                markeredgecolor=_PAPER,
+                markeredgecolor=PAPER,
                 markeredgewidth=0.8,
                 linestyle="none",
                 zorder=3,
             )
-        ax.margins(x=0.12, y=0.16)
+        ax.margins(x=0.1, y=0.12)
         ax.autoscale_view()
         low, high = ax.get_xlim()
-        ax.set_xlim(low, max(high, 100 + 0.14 * (100 - low), 101))
+        ax.set_xlim(low, max(high, 100 + 0.1 * (100 - low), 101))
         ax.set_xlabel("general skills kept, % of the instruct model's score")
         ax.set_ylabel("task gain over instruct")
-        figure.draw_without_rendering()
-        _name_points(ax, {name: (100 * point["x"], point["y"]) for name, point in points.items()}, palette)
+        figure.get_layout_engine().execute(figure)
+        _name_points(ax, points, palette)
         said = [
             f"{name}: {point['x']:.1%} kept, gain {numbers.signed(point['y'])}"
             + (f" {numbers.interval(point['y_ci'])}" if point["y_ci"] else "")
             for name, point in points.items()
         ]
-        return _svg(
+        on_it = f" Not beaten on both: {', '.join(frontier)}." if frontier else ""
+        return svg(
             figure,
             "tradeoff",
             "Task gain against general skills kept",
-            "Scatter plot; up is more task gain, right is less forgetting; bars are 95 % intervals. " + "; ".join(said) + ".",
+            "Scatter plot; up is more task gain, right is less forgetting; bars are 95 % intervals. " + "; ".join(said) + "." + on_it,
         )
 
 
-def _name_points(ax: Axes, points: Mapping[str, tuple[float, float]], palette: Palette) -> None:
-    """The arm's name beside its point, moved up or down where names would overlap, on the left where the right edge is near."""
-    names = list(points)
-    pixels = [ax.transData.transform(points[name]) for name in names]
-    right_edge = ax.transAxes.transform((1, 1))[0]
+def _name_points(ax: Axes, points: Mapping[str, Mapping[str, Any]], palette: Palette) -> None:
+    """Every arm's name near its point, clear of markers, whiskers and other names; a thin line leads to one that stands far off."""
     per_point = ax.figure.dpi / 72
-    sides = [1 if x + (9 + 5.5 * min(len(name), 22)) * per_point < right_edge else -1 for name, (x, _) in zip(names, pixels, strict=True)]
-    # Just above the horizontal bar of its own point, so that no whisker runs through a name.
-    heights = _spread([y + 7 * per_point for _, y in pixels], 11 * per_point)
-    for name, (_, y), side, height in zip(names, pixels, sides, heights, strict=True):
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        px, py = ax.transData.transform((100 * x, y))
+        return float(px) / per_point, float(py) / per_point
+
+    anchors = [at(point["x"], point["y"]) for point in points.values()]
+    things = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
+    for point in points.values():
+        if point.get("x_ci"):
+            (left, y), (right, _) = at(point["x_ci"][0], point["y"]), at(point["x_ci"][1], point["y"])
+            things.append((left, y - 1.5, right, y + 1.5))
+        if point.get("y_ci"):
+            (x, bottom), (_, top) = at(point["x"], point["y_ci"][0]), at(point["x"], point["y_ci"][1])
+            things.append((x - 1.5, bottom, x + 1.5, top))
+    (left, bottom), (right, top) = (ax.transAxes.transform(corner) / per_point for corner in ((0, 0), (1, 1)))
+    (zero_x, zero_y) = at(1.0, 0.0)
+    things += [(left, zero_y - 1, right, zero_y + 1), (zero_x - 1, bottom, zero_x + 1, top)]
+    names = [short(name, 22) for name in points]
+    widths = [5.6 * len(name) for name in names]
+    corners = place_labels(anchors, widths, 10.5, things, (left, bottom, right, top))
+    for name, label, wide, (x, y), corner in zip(points, names, widths, anchors, corners, strict=True):
+        dx, dy = corner[0] - x, corner[1] - y
+        nearest = (min(max(0.0, dx), dx + wide), min(max(0.0, dy), dy + 10.5))
+        if math.hypot(*nearest) > 13:
+            ax.annotate(
+                "",
+                (100 * points[name]["x"], points[name]["y"]),
+                xytext=nearest,
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "lw": 0.7, "color": palette.colour(name), "shrinkA": 0, "shrinkB": 4},
+                annotation_clip=False,
+            )
         ax.annotate(
-            _short(name, 22),
-            points[name],
-            xytext=(7 * side, (height - y) / per_point),
+            label,
+            (100 * points[name]["x"], points[name]["y"]),
+            xytext=(dx, dy + 2),
             textcoords="offset points",
             color=palette.colour(name),
             weight="bold",
-            ha="left" if side > 0 else "right",
-            va="center",
+            ha="left",
+            va="bottom",
             annotation_clip=False,
         )
-
-
-def _legend(figure: Figure, names: Sequence[str], palette: Palette, line: bool = True) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = [
-        Line2D([], [], color=palette.colour(name), marker=palette.marker(name), ls=palette.dash(name), lw=1.5, ms=4.5, label=_key(name))
-        if line
-        else Patch(color=palette.colour(name), label=_key(name))
-        for name in names
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 6), handlelength=2.6 if line else 1.2, columnspacing=1.6
-    )
 
 
 def skill_bars(scores: Mapping[str, Mapping[str, tuple[float, int]]], arms: Sequence[str], reference: str, palette: Palette) -> str:
@@ -255,32 +156,33 @@ def skill_bars(scores: Mapping[str, Mapping[str, tuple[float, int]]], arms: Sequ
     `scores[skill][arm]` = (score, n).
     """
     shown = [name for name in arms if name != reference] or list(arms)
-    per_row = min(len(shown), 4)
-    rows = math.ceil(len(shown) / per_row)
+    rows = math.ceil(len(shown) / 5)
+    per_row = math.ceil(len(shown) / rows)
     skills = list(scores)
     unit = all(0 <= value <= 1 for cells in scores.values() for value, _ in cells.values())
-    with _canvas(rows * (0.75 + 0.225 * len(skills))) as figure:
+    with canvas(rows * (0.75 + 0.225 * len(skills))) as figure:
         axes = figure.subplots(rows, per_row, sharey=True, sharex=True, squeeze=False)
         for ax in axes.flat[len(shown) :]:
             ax.set_visible(False)
         for ax, name in zip(axes.flat, shown, strict=False):
             ax.grid(True, axis="x")
-            for row, skill in enumerate(skills):
-                cell = scores[skill].get(name)
-                if cell:
-                    ax.barh(row, cell[0], height=0.62, color=palette.colour(name), alpha=0.82, lw=0)
-                    if unit and cell[1] > 1:
-                        ax.hlines(row, *_wilson(*cell), color=_INK, lw=0.8, alpha=0.75)
-                before = scores[skill].get(reference)
-                if before and name != reference:
-                    ax.vlines(before[0], row - 0.42, row + 0.42, color=_INK, lw=1.6)
-            ax.set_title(_short(name, 22), color=palette.colour(name))
+            known = [(row, *scores[skill][name]) for row, skill in enumerate(skills) if name in scores[skill]]
+            ax.barh([row for row, _, _ in known], [v for _, v, _ in known], height=0.62, color=palette.colour(name), alpha=0.82, lw=0)
+            spans = [(row, *wilson_ends(value, n)) for row, value, n in known if unit and n > 1]
+            if spans:
+                ax.hlines(*zip(*spans, strict=True), color=INK, lw=0.8, alpha=0.75)
+            before = [
+                (scores[skill][reference][0], row - 0.42, row + 0.42) for row, skill in enumerate(skills) if reference in scores[skill]
+            ]
+            if before and name != reference:
+                ax.vlines(*zip(*before, strict=True), color=INK, lw=1.6)
+            ax.set_title(short(name, 22), color=palette.colour(name))
             ax.spines["left"].set_visible(False)
             ax.tick_params(axis="y", length=0)
             if unit:
                 ax.set_xlim(0, 1.03)
                 ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes[0][0].set_yticks(range(len(skills)), [_short(skill, 26) for skill in skills])
+        axes[0][0].set_yticks(range(len(skills)), [short(skill, 26) for skill in skills])
         axes[0][0].set_ylim(len(skills) - 0.4, -0.6)
         mean = {
             name: numbers.score(
@@ -288,7 +190,7 @@ def skill_bars(scores: Mapping[str, Mapping[str, tuple[float, int]]], arms: Sequ
             )
             for name in arms
         }
-        return _svg(
+        return svg(
             figure,
             "skills",
             "General skills by arm",
@@ -299,41 +201,31 @@ def skill_bars(scores: Mapping[str, Mapping[str, tuple[float, int]]], arms: Sequ
 
 
 def by_difficulty(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, int]]]], arms: Sequence[str], palette: Palette) -> str:
-    """Score against difficulty, one panel per task, one line per arm; `panels[task][level][arm]` = (score, n)."""
-    with _canvas(2.9) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        present = [name for name in arms if any(name in cells for levels in panels.values() for cells in levels.values())]
-        unit = all(0 <= v <= 1 for levels in panels.values() for cells in levels.values() for v, _ in cells.values())
+    """A panel per task, a bar per arm and level of difficulty with its 95 % Wilson interval; `panels[task][level][arm]` = (score, n)."""
+    present = [name for name in arms if any(name in cells for levels in panels.values() for cells in levels.values())]
+    unit = all(0 <= v <= 1 for levels in panels.values() for cells in levels.values() for v, _ in cells.values())
+    with canvas(2.7 * len(panels) + 0.2) as figure:
+        axes = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
+        each = 0.84 / max(1, len(present))
         for ax, (task, levels) in zip(axes, panels.items(), strict=True):
             ax.grid(True, axis="y")
             for order, name in enumerate(present):
-                shift = 0.06 * (order - (len(present) - 1) / 2)  # whiskers beside each other, not on top
-                known = [(i + shift, *cells[name]) for i, cells in enumerate(levels.values()) if name in cells]
-                ax.plot(
-                    [x for x, _, _ in known],
-                    [y for _, y, _ in known],
-                    color=palette.colour(name),
-                    ls=palette.dash(name),
-                    marker=palette.marker(name),
-                    ms=5,
-                    lw=1.6,
-                    markeredgecolor=_PAPER,
-                    markeredgewidth=0.6,
-                    zorder=3,
-                )
-                if unit:
-                    for x, y, n in known:
-                        ax.vlines(x, *_wilson(y, n), color=palette.colour(name), lw=1, alpha=0.7)
+                known = [(i - 0.42 + each * (order + 0.5), *cells[name]) for i, cells in enumerate(levels.values()) if name in cells]
+                ax.bar([x for x, _, _ in known], [y for _, y, _ in known], width=each * 0.9, color=palette.colour(name), alpha=0.82, lw=0)
+                spans = [(x, *wilson_ends(y, n)) for x, y, n in known if unit and n > 1]
+                if spans:
+                    ax.vlines(*zip(*spans, strict=True), color=INK, lw=0.8, alpha=0.75)
             counts = [max(n for _, n in cells.values()) for cells in levels.values()]
-            ax.set_xticks(range(len(levels)), [f"{_short(level, 14)}\nn = {n}" for level, n in zip(levels, counts, strict=True)])
+            ax.set_xticks(range(len(levels)), [f"{short(level, 14)}\nn = {n}" for level, n in zip(levels, counts, strict=True)])
+            ax.tick_params(axis="x", length=0)
             ax.set_xlim(-0.5, len(levels) - 0.5)
             if len(panels) > 1:
-                ax.set_title(_short(task, 30))
-            ax.set_xlabel("difficulty")
-        axes[0].set_ylabel("score")
+                ax.set_title(short(task, 60))
+            ax.set_ylabel("score")
+        axes[-1].set_xlabel("difficulty")
         if unit:
-            axes[0].set_ylim(-0.02, 1.02)
-        _legend(figure, present, palette)
+            axes[0].set_ylim(0, 1.02)
+        legend(figure, present, palette, line=False)
         said = [
             f"{task}: "
             + "; ".join(
@@ -342,7 +234,7 @@ def by_difficulty(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, in
             )
             for task, levels in panels.items()
         ]
-        return _svg(figure, "difficulty", "Task score by difficulty", " ".join(said))
+        return svg(figure, "difficulty", "Task score by difficulty", " ".join(said))
 
 
 def _thin(points: Sequence[tuple[float, float]], limit: int = 240) -> list[tuple[float, float]]:
@@ -357,7 +249,7 @@ def _thin(points: Sequence[tuple[float, float]], limit: int = 240) -> list[tuple
 def loss_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], palette: Palette) -> str:
     """Training loss (left) and validation loss (right) by step; `curves[arm]` = {"train": [(step, loss)], "validation": [...]}."""
     kinds = [kind for kind in ("train", "validation") if any(curve.get(kind) for curve in curves.values())]
-    with _canvas(2.9) as figure:
+    with canvas(2.9) as figure:
         axes = figure.subplots(1, len(kinds), squeeze=False)[0]
         for ax, kind in zip(axes, kinds, strict=True):
             ax.grid(True, axis="y")
@@ -374,14 +266,14 @@ def loss_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
                     ls=palette.dash(name) if few else "-",
                     marker=palette.marker(name),
                     ms=4.5,
-                    markeredgecolor=_PAPER,
+                    markeredgecolor=PAPER,
                     markeredgewidth=0.5,
                     markevery=None if few else (6 * order, max(1, len(points) // 9)),
                 )
             ax.set_title("training" if kind == "train" else kind)
             ax.set_xlabel("optimiser step")
         axes[0].set_ylabel("loss per target token")
-        _legend(figure, list(curves), palette)
+        legend(figure, list(curves), palette)
         said = []
         for name, curve in curves.items():
             for kind in kinds:
@@ -389,13 +281,13 @@ def loss_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
                 if points:
                     (_, first), (steps, last) = points[0], points[-1]
                     said.append(f"{name} {'training' if kind == 'train' else kind} {first:.3g} to {last:.3g} over {steps:.0f} steps")
-        return _svg(figure, "loss", "Loss curves", "; ".join(said) + ".")
+        return svg(figure, "loss", "Loss curves", "; ".join(said) + ".")
 
 
 def confidence_histogram(edges: Sequence[float], counts: Sequence[float], mean: float | None, below: float | None) -> str:
     """Histogram of the teacher's probability of the target tokens; the mean is marked, the part below .05 is shaded."""
     total = sum(counts) or 1
-    with _canvas(2.5) as figure:
+    with canvas(2.5) as figure:
         ax = figure.add_subplot()
         ax.grid(True, axis="y")
         widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
@@ -404,14 +296,14 @@ def confidence_histogram(edges: Sequence[float], counts: Sequence[float], mean: 
             [100 * n / total for n in counts],
             width=[0.94 * w for w in widths],
             align="edge",
-            color=_ARMS[3],
+            color=ARMS[3],
             alpha=0.85,
             lw=0,
         )
-        ax.axvspan(edges[0], min(0.05, edges[-1]), color=_ARMS[1], alpha=0.2, lw=0, zorder=0)
+        ax.axvspan(edges[0], min(0.05, edges[-1]), color=ARMS[1], alpha=0.2, lw=0, zorder=0)
         top = ax.get_ylim()[1]
         if mean is not None:
-            ax.axvline(mean, color=_INK, lw=1.2, ls=(0, (4, 2)))
+            ax.axvline(mean, color=INK, lw=1.2, ls=(0, (4, 2)))
             ax.annotate(
                 f"mean {mean:.3f}",
                 (mean, top),
@@ -428,14 +320,14 @@ def confidence_histogram(edges: Sequence[float], counts: Sequence[float], mean: 
                 xytext=(5, -4 if mean is None or mean > 0.3 else -18),
                 textcoords="offset points",
                 va="top",
-                color=_ARMS[1],
+                color=ARMS[1],
                 weight="bold",
             )
         ax.set_xlim(edges[0], edges[-1])
         ax.set_xlabel("teacher's probability of the target token")
         ax.set_ylabel("% of target tokens")
         said = "; ".join(f"{a:.2f} to {b:.2f}: {n / total:.1%}" for a, b, n in zip(edges, edges[1:], counts, strict=False))
-        return _svg(figure, "confidence", "Teacher confidence in the target tokens", f"Histogram. {said}.")
+        return svg(figure, "confidence", "Teacher confidence in the target tokens", f"Histogram. {said}.")
 
 
 def signal_shares(shares: Mapping[str, Sequence[Mapping[str, float]]], palette: Palette) -> str:
@@ -446,11 +338,11 @@ def signal_shares(shares: Mapping[str, Sequence[Mapping[str, float]]], palette: 
     bins = max(shares.values(), key=len)
     tokens = [float(numbers.finite(part.get("tokens")) or 0) for part in bins]
     everything = sum(tokens)
-    with _canvas(2.9) as figure:
+    with canvas(2.9) as figure:
         ax = figure.add_subplot()
         ax.grid(True, axis="y")
         if everything:
-            ax.bar(range(len(bins)), [100 * n / everything for n in tokens], width=0.9, color=_MUTED, alpha=0.22, lw=0)
+            ax.bar(range(len(bins)), [100 * n / everything for n in tokens], width=0.9, color=MUTED, alpha=0.22, lw=0)
         each = 0.8 / len(shares)
         for order, (name, parts) in enumerate(shares.items()):
             at = {(round(part["lo"], 6), round(part["hi"], 6)): part["signal"] for part in parts}
@@ -461,12 +353,139 @@ def signal_shares(shares: Mapping[str, Sequence[Mapping[str, float]]], palette: 
         ax.tick_params(axis="x", length=0)
         ax.set_xlabel("teacher confidence (grey: share of the tokens)")
         ax.set_ylabel("% of the learning signal")
-        _legend(figure, list(shares), palette, line=False)
+        legend(figure, list(shares), palette, line=False)
         said = [
             f"{name}: " + ", ".join(f"{part['lo']:.2g} to {part['hi']:.2g} {part['signal']:.1%}" for part in parts)
             for name, parts in shares.items()
         ]
-        return _svg(figure, "signal", "Learning signal by teacher confidence", "Grouped bars. " + "; ".join(said) + ".")
+        return svg(figure, "signal", "Learning signal by teacher confidence", "Grouped bars. " + "; ".join(said) + ".")
+
+
+def sample_curves(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]], palette: Palette) -> str:
+    """Score against the number of samples k: a row per task; columns Avg@k, pass@k, maj@k; `panels[task][measure][arm]` = [(k, score)]."""
+    measures = list(dict.fromkeys(measure for by_measure in panels.values() for measure in by_measure))
+    with canvas(2.4 * len(panels) + 0.3) as figure:
+        axes = figure.subplots(len(panels), len(measures), sharex=True, sharey="row", squeeze=False)
+        names = list(dict.fromkeys(name for by in panels.values() for curves in by.values() for name in curves))
+        for row, (task, by_measure) in zip(axes, panels.items(), strict=True):
+            for ax, measure in zip(row, measures, strict=True):
+                ax.grid(True, axis="y")
+                ticks = sorted({k for curves in by_measure.get(measure, {}).values() for k, _ in curves})
+                for name, curve in by_measure.get(measure, {}).items():
+                    ax.plot(
+                        [k for k, _ in curve],
+                        [value for _, value in curve],
+                        color=palette.colour(name),
+                        ls=palette.dash(name),
+                        marker=palette.marker(name),
+                        ms=4.5,
+                        lw=1.4,
+                        markeredgecolor=PAPER,
+                        markeredgewidth=0.5,
+                    )
+                if ticks:
+                    ax.set_xscale("log", base=2)
+                    shown = ticks if len(ticks) <= 6 else [k for k in ticks if k & (k - 1) == 0]
+                    ax.set_xticks(shown, [str(k) for k in shown])
+                    ax.minorticks_off()
+                ax.set_title(f"{measure}@k" if len(panels) == 1 else f"{short(task, 20)}, {measure}@k")
+        for ax in axes[-1]:
+            ax.set_xlabel("samples k")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("score")
+        legend(figure, names, palette)
+        said = [
+            f"{task}, {measure}@k, {name}: " + ", ".join(f"{k} {numbers.score(value)}" for k, value in curve)
+            for task, by_measure in panels.items()
+            for measure, curves in by_measure.items()
+            for name, curve in curves.items()
+        ]
+        return svg(figure, "curves", "Score by number of samples", "; ".join(said) + ".")
+
+
+def scale_sweep(sweeps: Mapping[str, Mapping[str, Any]], palette: Palette) -> str:
+    """Three views of a sweep over merge scales: task score, general score, and one against the other; the chosen scale is ringed.
+
+    `sweeps[arm]` = {"chosen": scale or None, "validation": [(scale, task, general)], "test": the same}; validation is drawn dashed.
+    """
+    views = (("task", 0, 1), ("general skills", 0, 2), ("task against general", 2, 1))
+    with canvas(3.1) as figure:
+        axes = figure.subplots(1, 3, squeeze=False)[0]
+        for ax, (title, across, up) in zip(axes, views, strict=True):
+            ax.grid(True)
+            ax.set_title(title)
+            ax.set_xlabel("general skills" if across else "scale of the merged change")
+            for name, sweep in sweeps.items():
+                for split, style in (("validation", (0, (3, 2))), ("test", "-")):
+                    known = [point for point in sweep[split] if point[across] is not None and point[up] is not None]
+                    if not known:
+                        continue
+                    last = split == "test"
+                    ax.plot(
+                        [point[across] for point in known],
+                        [point[up] for point in known],
+                        color=palette.colour(name),
+                        ls=style,
+                        lw=1.5 if last else 1.0,
+                        marker=palette.marker(name),
+                        ms=5 if last else 3.5,
+                        mfc=palette.colour(name) if last else "none",
+                        markeredgewidth=0.8,
+                    )
+                    for point in known:
+                        if sweep["chosen"] is not None and abs(point[0] - sweep["chosen"]) < 1e-9:
+                            ax.plot(point[across], point[up], marker="o", ms=11, mfc="none", mec=palette.colour(name), mew=1.3, ls="none")
+                        if across and last and (point in (known[0], known[-1]) or point[0] == sweep["chosen"]):
+                            ax.annotate(
+                                f"{point[0]:g}", (point[across], point[up]), xytext=(5, 4), textcoords="offset points", fontsize=6.8
+                            )
+        axes[0].set_ylabel("mean score")
+        axes[2].set_ylabel("task")
+        legend(figure, list(sweeps), palette)
+        said = []
+        for name, sweep in sweeps.items():
+            measured = any(point[1] is not None or point[2] is not None for point in sweep["test"])
+            told = ", ".join(
+                f"{scale:g}: task {numbers.score(task)}, general {numbers.score(general)}"
+                for scale, task, general in sweep["test" if measured else "validation"]
+            )
+            said.append(f"{name} (chosen: {'none' if sweep['chosen'] is None else format(sweep['chosen'], 'g')}): {told}")
+        return svg(figure, "scales", "Scores by merge scale", "; ".join(said) + ".")
+
+
+def run_dots(
+    rows: Sequence[tuple[str, Sequence[tuple[float, tuple[float, float] | None] | None]]], runs: Sequence[str], palette: Palette
+) -> str:
+    """One line per measure and arm, one mark per run with its 95 % interval; `rows` = [(label, a (score, ci) or None per run)]."""
+    with canvas(0.9 + 0.26 * len(rows) + 0.02 * len(rows) * len(runs)) as figure:
+        ax = figure.add_subplot()
+        ax.grid(True, axis="x")
+        for line, (_, cells) in enumerate(rows):
+            for order, (run, cell) in enumerate(zip(runs, cells, strict=True)):
+                if cell is None:
+                    continue
+                y = line + 0.5 * ((order + 0.5) / len(runs) - 0.5)
+                if cell[1]:
+                    ax.hlines(y, *cell[1], color=palette.colour(run), lw=1.2)
+                ax.plot(
+                    cell[0],
+                    y,
+                    marker=palette.marker(run),
+                    color=palette.colour(run),
+                    ms=5,
+                    ls="none",
+                    markeredgecolor=PAPER,
+                    markeredgewidth=0.5,
+                )
+        ax.set_yticks(range(len(rows)), [short(label, 40) for label, _ in rows])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_xlabel("score")
+        legend(figure, runs, palette)
+        said = [
+            f"{label}: " + ", ".join(f"{run} {numbers.score(cell[0])}" for run, cell in zip(runs, cells, strict=True) if cell)
+            for label, cells in rows
+        ]
+        return svg(figure, "runs", "Scores of every run", "; ".join(said) + ".")
 
 
 def forest(gain: float, ci: tuple[float, float] | None, reach: float, arm: int) -> str:

@@ -1,4 +1,4 @@
-"""Sample outputs of the arms side by side: the items that flipped against the instruct model first."""
+"""The browser of gained and lost items: per task and arm, what was asked and what every arm answered."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from guidetune.report.findings import GROUPS, REFERENCE, arms_of, labels, mappin
 from guidetune.report.text import clean, clip, escaped_size
 
 TEXT_LIMIT = 1200  # characters of one prompt or output
-SIZE_LIMIT = 700_000  # bytes of all samples in the page
+SIZE_LIMIT = 1_100_000.0  # bytes of all items in the page
+PER_KIND = 10  # items of one task that an arm gained, and as many that it lost
+UNCHANGED = 2  # items of one task that no arm changed, right and wrong
+ENTRY = 260  # bytes that one line of a list takes
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one arm answered; `right` is None where no score was stored, `cut` counts characters left out."""
+    """An answer and the arms that gave it; `right` is None where no score was stored, `cut` counts characters left out."""
 
-    arm: str
+    arms: list[str]
     text: str
     cut: int
     right: bool | None
@@ -29,22 +32,52 @@ class Output:
 
 @dataclass(frozen=True)
 class Sample:
-    """One evaluation item with the answers of all arms."""
+    """One evaluation item with the answers of all arms; `under` is the arm below which it is shown in full."""
 
     group: str
     label: str
     id: str
-    kind: str
+    anchor: str
     prompt: str
     prompt_cut: int
     reference: str
+    gained: list[str]
+    lost: list[str]
+    under: str
     outputs: list[Output] = field(default_factory=list)
 
     @property
-    def flipped(self) -> list[str]:
-        """The arms whose result differs from the instruct model's."""
-        before = next((output.right for output in self.outputs if output.arm == REFERENCE), None)
-        return [output.arm for output in self.outputs if before is not None and output.right is not None and output.right != before]
+    def title(self) -> str:
+        """The prompt's first words."""
+        text = " ".join(self.prompt.split())
+        return text if len(text) <= 90 else text[:89] + "…"
+
+
+@dataclass
+class ArmItems:
+    """What an arm changed in one task: how many items, and those that are shown (item, whether it is shown here first)."""
+
+    arm: str
+    gained_total: int
+    lost_total: int
+    gained: list[tuple[Sample, bool]] = field(default_factory=list)
+    lost: list[tuple[Sample, bool]] = field(default_factory=list)
+
+
+@dataclass
+class TaskItems:
+    """One task of the browser; `flips` holds every (item, arm, "gained" or "lost"), also those that are not shown."""
+
+    group: str
+    label: str
+    n: int
+    arms: list[ArmItems] = field(default_factory=list)
+    others: list[tuple[str, Sample]] = field(default_factory=list)
+    flips: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> int:
+        return len({s.anchor for arm in self.arms for s, _ in [*arm.gained, *arm.lost]} | {s.anchor for _, s in self.others})
 
 
 def items_file(run: Path, arm: str, group: str, label: str, arm_results: Mapping[str, Any], kind: Any = "compare") -> Path | None:
@@ -66,16 +99,16 @@ def items_file(run: Path, arm: str, group: str, label: str, arm_results: Mapping
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _items(path: Path) -> Iterator[dict[str, Any]]:
-    """The readable lines of a per-item file."""
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, item) of every readable line of a per-item file."""
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for number, line in enumerate(file):
             try:
                 item = json.loads(line)
             except ValueError:
                 continue  # a run that was killed may leave half a line
             if isinstance(item, dict) and "id" in item:
-                yield item
+                yield number, item
 
 
 def _right(item: Mapping[str, Any]) -> bool | None:
@@ -84,48 +117,78 @@ def _right(item: Mapping[str, Any]) -> bool | None:
     return None if number is None else number >= 0.5
 
 
-def _choose(right: Mapping[str, Mapping[str, bool | None]], want: Mapping[str, int]) -> list[tuple[str, str]]:
-    """(id, kind) of the items to show: `want[kind]` of each kind, taken from the arms in turn so that none fills the page.
+@dataclass
+class _Scores:
+    """Of one per-item file: which items were right, and where they stand."""
 
-    Kinds: "gained" (instruct wrong, arm right), "lost" (the reverse), "all right", "all wrong", "differs" (no instruct to compare with).
-    """
-    arms = [name for name in right if name != REFERENCE]
-    reference = right.get(REFERENCE)
-    ids = list(reference if reference else next(iter(right.values()), {}))
-    pools: dict[str, dict[str, list[str]]] = {}
-    for item in ids:
-        values = {name: right[name].get(item) for name in right}
-        if reference is not None:
-            for name in arms:
-                if values[name] is not None and values[REFERENCE] is not None and values[name] != values[REFERENCE]:
-                    pools.setdefault("gained" if values[name] else "lost", {}).setdefault(name, []).append(item)
-        elif len(set(values.values())) > 1:
-            pools.setdefault("differs", {}).setdefault("", []).append(item)
-        if set(values.values()) == {True}:
-            pools.setdefault("all right", {}).setdefault("", []).append(item)
-        elif set(values.values()) == {False}:
-            pools.setdefault("all wrong", {}).setdefault("", []).append(item)
-        elif None in values.values():
-            pools.setdefault("unscored", {}).setdefault("", []).append(item)
-    chosen: dict[str, str] = {}
-    for kind, number in want.items():
-        queues = [iter(queue) for queue in pools.get(kind, {}).values()]
-        taken = 0
-        while queues and taken < number:
-            for queue in list(queues):
-                item = next((candidate for candidate in queue if candidate not in chosen), None)
-                if item is None:
-                    queues.remove(queue)
-                elif taken < number:
-                    chosen[item] = kind
-                    taken += 1
-    return list(chosen.items())
+    path: Path
+    right: dict[str, bool | None] = field(default_factory=dict)
+    line: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> _Scores:
+        scores = cls(path)
+        for number, item in read_lines(path):
+            scores.right[str(item["id"])] = _right(item)
+            scores.line[str(item["id"])] = number
+        return scores
+
+    def items(self, wanted: set[str]) -> dict[str, dict[str, Any]]:
+        lines = {self.line[id_] for id_ in wanted if id_ in self.line}
+        found = {}
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file):
+                if number in lines:
+                    item = json.loads(text)
+                    found[str(item["id"])] = item
+        return found
 
 
-_WANT = {
-    "task": {"gained": 5, "lost": 4, "differs": 6, "all right": 1, "all wrong": 1, "unscored": 3},
-    "general": {"lost": 5, "gained": 2, "differs": 4, "all right": 1, "unscored": 2},
-}
+def _flips(scores: Mapping[str, _Scores]) -> list[tuple[str, str, str]]:
+    """(item, arm, kind) of every item whose result differs from the instruct model's; items in file order."""
+    reference = scores.get(REFERENCE)
+    if reference is None:
+        return []
+    return [
+        (id_, name, "gained" if right else "lost")
+        for id_, before in reference.right.items()
+        for name in scores
+        if name != REFERENCE and before is not None and (right := scores[name].right.get(id_)) is not None and right != before
+    ]
+
+
+def _unchanged(scores: Mapping[str, _Scores]) -> dict[str, str]:
+    """Some items that no arm changed, {id: kind}; without the instruct model also some on which the arms differ."""
+    wanted = {
+        "arms differ": 0 if REFERENCE in scores else PER_KIND,
+        "right in every arm": UNCHANGED,
+        "wrong in every arm": UNCHANGED,
+        "not scored": 3,
+    }
+    found: dict[str, str] = {}
+    for id_ in next(iter(scores.values())).right:
+        values = {one.right.get(id_) for one in scores.values()}
+        kind = {frozenset({True}): "right in every arm", frozenset({False}): "wrong in every arm"}.get(
+            frozenset(values), "not scored" if None in values else "arms differ"
+        )
+        if wanted[kind]:
+            wanted[kind] -= 1
+            found[id_] = kind
+    return found
+
+
+def _in_turn(flips: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Items to show, best first: from every (arm, kind) in turn, so that none fills the page; at most PER_KIND of each."""
+    queues: dict[tuple[str, str], list[str]] = {}
+    for id_, name, kind in flips:
+        queues.setdefault((name, kind), []).append(id_)
+    order = dict(sorted(queues.items(), key=lambda pair: pair[0][1]))
+    chosen: dict[str, None] = {}
+    for rank in range(PER_KIND):
+        for queue in order.values():
+            if sum(id_ in chosen for id_ in queue) <= rank:
+                chosen.update(dict.fromkeys(next(([id_] for id_ in queue if id_ not in chosen), [])))
+    return list(chosen)
 
 
 def _text(value: Any) -> str:
@@ -141,60 +204,86 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def collect(run: Path, results: Mapping[str, Any]) -> tuple[list[Sample], list[str]]:
-    """The samples to show, and what could not be shown and why."""
+def collect(run: Path, results: Mapping[str, Any], room: float = SIZE_LIMIT) -> tuple[list[TaskItems], list[str]]:
+    """The items to show by task, in at most `room` bytes of the page, and what could not be shown and why."""
     arms = arms_of(results)
-    samples: list[Sample] = []
+    found: list[TaskItems] = []
     missing: list[str] = []
-    budget = SIZE_LIMIT
-    for group in GROUPS:
-        names = labels(results, group)
-        # Several tasks share the group's number of samples, each with at least its flips.
-        for label in names[:6]:
-            files: dict[str, Path] = {}
-            for name, arm in arms.items():
-                if label not in tasks_of(arm, group):
-                    continue
-                path = items_file(run, name, group, label, arm, results.get("kind"))
-                if path is None:
-                    missing.append(f"{name}: no per-item file for {label}")
-                else:
-                    files[name] = path
-            right = {name: {str(item["id"]): _right(item) for item in _items(path)} for name, path in files.items()}
-            right = {name: values for name, values in right.items() if values}
-            if not right:
+    budget = room
+    names = [(group, label) for group in GROUPS for label in labels(results, group)]
+    for position, (group, label) in enumerate(names):
+        scores: dict[str, _Scores] = {}
+        for name, arm in arms.items():
+            if label not in tasks_of(arm, group):
                 continue
-            share = min(len(names), 6)
-            want = {kind: max(1, round(number / share)) for kind, number in _WANT[group].items()}
-            for sample in _read(files, right, _choose(right, want), group, label):
-                budget -= sum(escaped_size(text) for text in (sample.prompt, sample.reference, *(output.text for output in sample.outputs)))
-                if budget < 0:
-                    missing.append("further samples: the page would become too large")
-                    return samples, missing
-                samples.append(sample)
-        if len(names) > 6:
-            missing.append(f"samples of {len(names) - 6} further {group} tasks")
-    return samples, missing
-
-
-def _read(
-    files: Mapping[str, Path], right: Mapping[str, Any], chosen: Sequence[tuple[str, str]], group: str, label: str
-) -> Iterator[Sample]:
-    wanted = {item for item, _ in chosen}
-    found = {
-        name: {str(item["id"]): item for item in _items(path) if str(item["id"]) in wanted} for name, path in files.items() if name in right
-    }
-    for id_, kind in chosen:
-        rows = {name: items[id_] for name, items in found.items() if id_ in items}
-        if not rows:
+            path = items_file(run, name, group, label, arm, results.get("kind"))
+            if path is None:
+                missing.append(f"{name}: no per-item file for {label}")
+            elif (one := _Scores.read(path)).right:
+                scores[name] = one
+        if not scores:
             continue
-        first = next(iter(rows.values()))
-        prompt, prompt_cut = clip(clean(_text(first.get("prompt", first.get("messages")))), TEXT_LIMIT)
-        outputs = []
-        for name, item in rows.items():
-            text, cut = clip(clean(_text(item.get("output"))), TEXT_LIMIT)
-            value = numbers.finite(item.get("correct"))
-            partial = numbers.score(value) if value is not None and value not in (0, 1) else ""
-            outputs.append(Output(name, text, cut, _right(item), partial))
-        reference, _ = clip(clean(_text(first.get("reference"))), TEXT_LIMIT)
-        yield Sample(group, label, clean(id_)[:120], kind, prompt, prompt_cut, reference, outputs)
+        task = TaskItems(group, label, max(len(one.right) for one in scores.values()), flips=_flips(scores))
+        budget -= _fill(task, scores, budget / (len(names) - position), f"item-{position}")
+        found.append(task)
+    return found, missing
+
+
+def _fill(task: TaskItems, scores: Mapping[str, _Scores], budget: float, anchor: str) -> float:
+    """Put items into a task until `budget` bytes are used; returns the bytes."""
+    unchanged = _unchanged(scores)
+    wanted = [*_in_turn(task.flips), *unchanged]
+    rows = {name: one.items(set(wanted)) for name, one in scores.items()}
+    changed: dict[str, dict[str, str]] = {}
+    for id_, name, kind in task.flips:
+        changed.setdefault(id_, {})[name] = kind
+    per_arm = {name: ArmItems(name, 0, 0) for name in scores if name != REFERENCE}
+    for _, name, kind in task.flips:
+        setattr(per_arm[name], f"{kind}_total", getattr(per_arm[name], f"{kind}_total") + 1)
+    used = 0.0
+    for number, id_ in enumerate(wanted):
+        sample = _sample(
+            task, id_, f"{anchor}-{number}", {name: rows[name][id_] for name in rows if id_ in rows[name]}, changed.get(id_, {})
+        )
+        size = 2 * ENTRY + ENTRY * len(changed.get(id_, {})) + sum(escaped_size(output.text) + ENTRY for output in sample.outputs)
+        size += escaped_size(sample.prompt) + escaped_size(sample.reference) + 3 * escaped_size(sample.title)
+        if used + size > budget:
+            continue
+        used += size
+        if id_ in unchanged:
+            task.others.append((unchanged[id_], sample))
+        for place, (name, kind) in enumerate(changed.get(id_, {}).items()):
+            getattr(per_arm[name], kind).append((sample, place == 0))
+    place = next(iter(scores.values())).line
+    for one in per_arm.values():
+        one.gained.sort(key=lambda entry: place.get(entry[0].id, 0))
+        one.lost.sort(key=lambda entry: place.get(entry[0].id, 0))
+    task.arms = [one for one in per_arm.values() if one.gained_total or one.lost_total]
+    return used
+
+
+def _sample(task: TaskItems, id_: str, anchor: str, items: Mapping[str, Mapping[str, Any]], changed: Mapping[str, str]) -> Sample:
+    first = next(iter(items.values()))
+    prompt, prompt_cut = clip(clean(_text(first.get("prompt", first.get("messages")))), TEXT_LIMIT)
+    reference, _ = clip(clean(_text(first.get("reference"))), TEXT_LIMIT)
+    outputs: dict[tuple[str, bool | None, str], Output] = {}
+    for name, item in items.items():
+        whole = clean(_text(item.get("output")))
+        text, cut = clip(whole, TEXT_LIMIT)
+        value = numbers.finite(item.get("correct"))
+        partial = numbers.score(value) if value is not None and value not in (0, 1) else ""
+        outputs.setdefault((whole, _right(item), partial), Output([], text, cut, _right(item), partial)).arms.append(name)
+    gained, lost = ([name for name, kind in changed.items() if kind == wanted] for wanted in ("gained", "lost"))
+    return Sample(
+        task.group,
+        task.label,
+        clean(id_)[:120],
+        anchor,
+        prompt,
+        prompt_cut,
+        reference,
+        gained,
+        lost,
+        next(iter(changed), ""),
+        list(outputs.values()),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from guidetune.report.findings import (
     Comparison,
     arms_of,
     averaged,
-    compare_group,
-    compare_task,
+    compare_over_seeds,
+    comparisons,
     failed,
-    group_mean,
     labels,
     mapping,
+    over_seeds,
+    shown_mean,
     tasks_of,
 )
 from guidetune.report.text import clean
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of one arm: a task, or the mean of a group with several tasks (`group_row`)."""
+    """One measure of one arm: a task, or the mean of a group with several tasks (`group_row`); a mean over seeds has its `sd`, not `ci`."""
 
     arm: str
     group: str
@@ -42,6 +43,13 @@ class Row:
     n: int | None
     comparison: Comparison | None
     group_row: bool = False
+    sd: float | None = None
+    seeds: int = 1
+
+    @property
+    def spread(self) -> str:
+        """What stands behind the score: its interval, or the standard deviation over seeds."""
+        return f"± {numbers.score(self.sd)}" if self.sd is not None else numbers.interval(self.ci, 2) if self.ci else ""
 
 
 def rows_of(results: Mapping[str, Any], name: str, arm: Mapping[str, Any]) -> list[Row]:
@@ -49,31 +57,40 @@ def rows_of(results: Mapping[str, Any], name: str, arm: Mapping[str, Any]) -> li
     rows: list[Row] = []
     if not any(tasks_of(arm, group) for group in GROUPS):
         return rows
+    known = comparisons(results)
     for group in GROUPS:
         tasks = tasks_of(arm, group)
         for label in labels(results, group):
             result = tasks.get(label, {})
             n = numbers.finite(result.get("n"))
+            over = over_seeds(arm, group, label)
+            repeated = bool(over.get("vs_instruct"))  # what is tested is what is shown
             rows.append(
                 Row(
                     name,
                     group,
                     label,
-                    numbers.finite(result.get("score")),
-                    numbers.interval_ends(result.get("ci")),
+                    numbers.finite(over.get("mean") if repeated else result.get("score")),
+                    None if repeated else numbers.interval_ends(result.get("ci")),
                     None if n is None else int(n),
-                    None if name == REFERENCE else compare_task(result),
+                    known.get((name, group, label)),
+                    sd=numbers.finite(over.get("sd")) if repeated else None,
+                    seeds=len(over.get("scores") or []) if repeated else 1,
                 )
             )
         if len(averaged(arm, group)) > 1:
-            comparison = None if name == REFERENCE else compare_group(arm, group)
-            rows.append(Row(name, group, f"{group} mean", group_mean(arm, group), None, None, comparison, True))
+            rows.append(Row(name, group, f"{group} mean", shown_mean(arm, group), None, None, known.get((name, group, None)), True))
     return rows
 
 
 def total_seconds(arm: Mapping[str, Any]) -> float | None:
     """Seconds over all stages of an arm, or None when none was recorded."""
-    known = [value for key, part in mapping(arm.get("cost")).items() if key.endswith("_s") and (value := numbers.finite(part)) is not None]
+    known = [
+        value
+        for key, part in mapping(arm.get("cost")).items()
+        # evaluate_wall_s is the same evaluation again, loading included
+        if key.endswith("_s") and not key.endswith("_wall_s") and (value := numbers.finite(part)) is not None
+    ]
     return sum(known) if known else None
 
 
@@ -115,7 +132,7 @@ def arms_table(results: Mapping[str, Any]) -> Table:
     table.add_column("vs instruct", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("kept/lost\n/gained", justify="right", no_wrap=True)
-    notes = ["95 % intervals; paired tests, uncorrected: * p<.05 ** p<.01 *** p<.001"]
+    notes = ["95 % intervals; paired tests; stars after Holm correction over arms: * p<.05 ** p<.01 *** p<.001"]
     for name, arm in arms_of(results).items():
         shown = clean(name)
         seconds = total_seconds(arm)
@@ -131,15 +148,15 @@ def arms_table(results: Mapping[str, Any]) -> Table:
         for i, row in enumerate(rows):
             style = "bold" if row.group_row else ""
             part = row.comparison
-            score = numbers.score(row.score) + (f" {numbers.interval(row.ci, 2)}" if row.ci else "")
+            score = f"{numbers.score(row.score)} {row.spread}".rstrip()
             if name == REFERENCE:
                 difference = Text("reference" if i == 0 else "", style="dim")
             elif part is None:
                 difference = Text("no paired test" if row.score is not None else "", style="dim")
             else:
                 change = numbers.signed(part.gain) + (f" {numbers.interval(part.ci, 2)}" if part.ci else "")
-                difference = Text(_bare(change), style=("green" if part.gain > 0 else "red") if part.significant else "")
-            p = "" if part is None or part.p is None else _p(part.p)
+                difference = Text(_bare(change), style=("green" if part.gain > 0 else "red") if part.holds else "")
+            p = "" if part is None or part.p is None else _p(part)
             table.add_row(
                 (Text(shown), time)[i] if i < 2 else "",
                 Text(clean(row.label), style=style),
@@ -155,8 +172,9 @@ def arms_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _p(p: float) -> str:
-    return f"{numbers.p_value(p).removeprefix('p').removeprefix(' = ').replace(' ', '')}{numbers.stars(p)}"
+def _p(part: Comparison) -> str:
+    """p of the test by itself, with the stars of the corrected one."""
+    return f"{numbers.p_value(part.p).removeprefix('p').removeprefix(' = ').replace(' ', '')}{numbers.stars(part.corrected)}"
 
 
 _COLUMNS = [
@@ -167,11 +185,15 @@ _COLUMNS = [
     "score",
     "ci_low",
     "ci_high",
+    "sd",
+    "seeds",
     "n",
     "gain_vs_instruct",
     "gain_ci_low",
     "gain_ci_high",
     "p",
+    "p_adjusted",
+    "mde",
     "test",
     "kept",
     "lost",
@@ -190,10 +212,16 @@ def records(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(base)
         for row in rows:
             part = row.comparison
-            record = base | {"group": row.group, "measure": row.label, "score": row.score, "n": row.n}
+            record = base | {"group": row.group, "measure": row.label, "score": row.score, "sd": row.sd, "seeds": row.seeds, "n": row.n}
             record |= {"ci_low": row.ci[0] if row.ci else None, "ci_high": row.ci[1] if row.ci else None}
             if part is not None:
-                record |= {"gain_vs_instruct": part.gain, "p": part.p, "test": part.test or None}
+                record |= {
+                    "gain_vs_instruct": part.gain,
+                    "p": part.p,
+                    "p_adjusted": part.p_adjusted,
+                    "mde": part.mde,
+                    "test": part.test or None,
+                }
                 record |= {"gain_ci_low": part.ci[0] if part.ci else None, "gain_ci_high": part.ci[1] if part.ci else None}
                 record |= {"kept": part.kept, "lost": part.lost, "gained": part.gained}
             found.append(record)
@@ -209,18 +237,19 @@ def csv_text(results: Mapping[str, Any]) -> str:
     writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     for record in records(results):
-        writer.writerow({key: _cell(value) for key, value in record.items()})
+        writer.writerow({key: cell(value) for key, value in record.items()})
     return buffer.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A CSV cell: text that a spreadsheet would run as a formula gets a leading apostrophe."""
     if not isinstance(value, str):
         return value
     text = clean(value)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") or text[:1] == "\t" else text
 
 
-def _md(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text for a Markdown table cell: one line, nothing that Markdown or HTML would act on."""
     text = " ".join(clean(text).split())
     for mark in "\\`*_[]|~":
@@ -228,37 +257,41 @@ def _md(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The arms table as GitHub-flavoured Markdown."""
+def markdown(results: Mapping[str, Any], only: Collection[str] | None = None) -> str:
+    """The arms table as GitHub-flavoured Markdown, of all arms or `only` of some (corrected over all)."""
     lines = [
         "| arm | measure | score [95 % CI] | n | vs instruct [95 % CI] | p | kept / lost / gained | time |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in arms_of(results).items():
+        if only is not None and name not in only:
+            continue
         time = numbers.duration(total_seconds(arm))
         if failed(arm):
-            lines.append(f"| {_md(name)} | failed: {_md(str(arm.get('error') or 'no reason recorded'))} | | | | | | {time} |")
+            lines.append(
+                f"| {markdown_text(name)} | failed: {markdown_text(str(arm.get('error') or 'no reason recorded'))} | | | | | | {time} |"
+            )
             continue
         rows = rows_of(results, name, arm)
         if not rows:
-            lines.append(f"| {_md(name)} | not evaluated | | | | | | {time} |")
+            lines.append(f"| {markdown_text(name)} | not evaluated | | | | | | {time} |")
         for i, row in enumerate(rows):
             part = row.comparison
-            score = numbers.score(row.score) + (f" {numbers.interval(row.ci)}" if row.ci else "")
+            score = numbers.score(row.score) + (f" {numbers.interval(row.ci)}" if row.ci else f" {row.spread}" if row.spread else "")
             change = "reference" if name == REFERENCE else ""
             if part is not None:
                 change = numbers.signed(part.gain) + (f" {numbers.interval(part.ci)}" if part.ci else "")
-            p = "" if part is None or part.p is None else _md(_p(part.p))
-            label = f"**{_md(row.label)}**" if row.group_row else _md(row.label)
+            p = "" if part is None or part.p is None else markdown_text(_p(part))
+            label = f"**{markdown_text(row.label)}**" if row.group_row else markdown_text(row.label)
             n = numbers.count(row.n) if row.n is not None else ""
-            cells = ["" if i else _md(name), label, score, n, change, p, _flips(part).replace("/", " / "), "" if i else time]
+            cells = ["" if i else markdown_text(name), label, score, n, change, p, _flips(part).replace("/", " / "), "" if i else time]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
 class SeedRow:
-    """One measure of one arm over its seeds: mean, standard deviation (n − 1), the scores; `n` is 1 for an arm without training."""
+    """One measure of one arm over its seeds: mean, standard deviation (n − 1), the scores, and the test over seeds and items."""
 
     arm: str
     label: str
@@ -266,6 +299,7 @@ class SeedRow:
     mean: float | None
     sd: float | None
     scores: list[float]
+    comparison: Comparison | None = None
 
 
 def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
@@ -281,7 +315,8 @@ def seed_rows(results: Mapping[str, Any]) -> list[SeedRow]:
                 one = numbers.finite(tasks_of(arm, group)[label].get("score"))
                 spread = mapping(mapping(over.get(group)).get(label)) or {"mean": one, "sd": None, "scores": [one]}
                 scores = [v for v in map(numbers.finite, spread.get("scores") or []) if v is not None]
-                rows.append(SeedRow(name, label, group, numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd")), scores))
+                mean, sd = numbers.finite(spread.get("mean")), numbers.finite(spread.get("sd"))
+                rows.append(SeedRow(name, label, group, mean, sd, scores, compare_over_seeds(arm, group, label)))
     return rows
 
 
@@ -291,5 +326,5 @@ def seeds_markdown(results: Mapping[str, Any]) -> str:
     for row in seed_rows(results):
         spread = f" ± {numbers.score(row.sd)}" if row.sd is not None else ""
         scores = ", ".join(numbers.score(v) for v in row.scores) if len(row.scores) > 1 else "not trained"
-        lines.append(f"| {_md(row.arm)} | {_md(row.label)} | {numbers.score(row.mean)}{spread} | {scores} |")
+        lines.append(f"| {markdown_text(row.arm)} | {markdown_text(row.label)} | {numbers.score(row.mean)}{spread} | {scores} |")
     return "\n".join(lines) + "\n"

@@ -179,7 +179,9 @@ def test_arms_of_other_rows_are_not_sorted_by_foreign_confidence(place: Path) ->
     (place / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
     recipe = (place / "recipe.yaml").read_text() + "arms: {other: {data.train: [other.jsonl], tune.weights: []}}\n"
     (place / "recipe.yaml").write_text(recipe)
-    found = results(pipeline.compare(load(place / "recipe.yaml", ["tune.max_steps=1"]), ["gift", "other"], place / "runs/o"))
+    found = results(
+        pipeline.compare(load(place / "recipe.yaml", ["tune.max_steps=1"]), ["gift", "other"], place / "runs/o", unequal_budget=True)
+    )
     assert found["arms"]["other"]["status"] == "ok" and found["arms"]["other"]["signal"] == []
     assert found["arms"]["gift"]["signal"]
 

@@ -319,6 +319,92 @@ def build_run(
     return folder
 
 
+def every_field(results: dict[str, Any]) -> None:
+    """Add what only some runs have: the stored comparison, seeds, a scale sweep, curves over samples, the budget."""
+    arms = {name: arm for name, arm in results["arms"].items() if name != "instruct"}
+    rng = random.Random("every field")
+    groups: dict[str, Any] = {"task": {}, "general": {}}
+    pairs: list[dict[str, Any]] = []
+    for name, arm in arms.items():
+        for group in groups:
+            for label, result in arm[group].items():
+                test = result["vs_instruct"]
+                test |= {"p_adjusted": min(1.0, test["p"] * len(arms)), "mde": 0.061, "verdict": f"{name} on {label} in words."}
+                for other in list(arms)[: list(arms).index(name)]:
+                    pairs.append(
+                        {"a": other, "b": name, "group": group, "task": label, **test, "verdict": f"{other} and {name} on {label}."}
+                    )
+            first = next(iter(arm[group].values()))["vs_instruct"]
+            groups[group][name] = {key: first[key] for key in ("diff", "ci", "p", "p_adjusted", "mde")}
+            groups[group][name]["verdict"] = f"Stored sentence on {name} and {group}."
+        arm["seeds"] = []
+        for seed in range(1, 5):
+            again = {
+                "seed": 42 + seed,
+                "status": "ok",
+                **{
+                    group: {
+                        label: {
+                            **{key: result[key] for key in ("score", "n")},
+                            "vs_instruct": result["vs_instruct"] | {"diff": result["vs_instruct"]["diff"] + rng.gauss(0, 0.02)},
+                        }
+                        for label, result in arm[group].items()
+                    }
+                    for group in groups
+                },
+            }
+            arm["seeds"].append(again)
+        over = {}
+        for group in groups:
+            over[group] = {
+                label: {"mean": result["score"], "sd": 0.012, "scores": [result["score"]] * 5, "vs_instruct": result["vs_instruct"]}
+                for label, result in arm[group].items()
+            }
+            over[f"{group}_mean"] = {"mean": arm[f"{group}_mean"], "sd": 0.01, "scores": [arm[f"{group}_mean"]] * 5}
+        arm["over_seeds"] = {"n": 5, **over}
+    for arm in results["arms"].values():
+        for result in arm["task"].values():
+            p = result["score"]
+            result["curves"] = {
+                "k": [1, 2, 4, 8],
+                "avg": [p] * 4,
+                "pass": [1 - (1 - p) ** k for k in (1, 2, 4, 8)],
+                "maj": [p, p, min(1, p * 1.1), min(1, p * 1.15)],
+            }
+    for name, arm in results["arms"].items():
+        for result in arm["task"].values():
+            result["notes"] = ["Refusals are found by a list of phrases."] + (["Two programs were stopped."] if name == "gift" else [])
+    results["comparison"] = {
+        "correction": "holm",
+        "alpha": 0.05,
+        "groups": groups,
+        "pairs": pairs,
+        "verdict": ["Only gift is shown to be better on the whole.", "Stored sentence on gift and task."],
+    }
+    results["scales"] = {
+        name: {
+            "chosen": 0.75,
+            "chosen_on": "validation",
+            "criterion": "most task gain with at most 0.02 lost on general skills",
+            "points": [
+                {
+                    "scale": scale,
+                    "validation": {"task": 0.4 + 0.2 * scale - 0.1 * scale**2, "general": 0.95 - 0.12 * scale**2},
+                    "test": {
+                        "task": {"word_problems": {"score": 0.41 + 0.18 * scale - 0.1 * scale**2, "ci": [0.3, 0.6], "n": 300}},
+                        "general": {"skills": {"score": 0.94 - 0.13 * scale**2, "ci": [0.8, 0.99], "n": 300}},
+                    },
+                }
+                for scale in (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
+            ],
+            "verdict": [f"{name} at scale 0.75 in words."],
+        }
+        for name in list(arms)[:2]
+    }
+    results["budget"] = {name: {"supervised_tokens": 543_720, "rows": 11_763, "steps": 368} for name in arms}
+    results["budget_equal"] = True
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """build_run in a fresh folder."""

@@ -11,8 +11,9 @@ import pytest
 
 from guidetune import report
 from guidetune.errors import BadInput
+from guidetune.evaluation.statistics import holm
 from guidetune.report import numbers
-from guidetune.report.findings import breakdown, compare_group, compare_task, holm, natural, signal_ends, verdicts
+from guidetune.report.findings import breakdown, compare_group, compare_task, comparisons, natural, signal_ends, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,42 @@ def test_the_sentence_claims_what_the_test_allows() -> None:
     assert "a loss of up to 0.050 is not excluded" in said
 
 
-def test_a_result_that_falls_to_correction_says_so() -> None:
-    said = _said({"t": _result(0.05, [0.0, 0.1], 0.04)}, {"g": _result(0.0, [-0.02, 0.02], 1.0)})["gift"]
-    assert "p = .040, significant alone, but not after Holm correction for the 2 comparisons here" in said
+def _arms(*p_values: float) -> dict:
+    instruct = {"task": {"t": {"score": 0.4, "n": 200}}}
+    return {"instruct": instruct} | {f"arm {i}": {"task": {"t": _result(0.05, [0.0, 0.1], p)}} for i, p in enumerate(p_values)}
+
+
+def test_a_result_that_falls_to_correction_over_the_arms_says_so() -> None:
+    said = {verdict.arm: verdict for verdict in verdicts({"arms": _arms(0.04, 0.5, 0.001)})}
+    assert "p = .040, significant alone, but not after Holm correction over the 3 arms" in said["arm 0"].text
+    assert said["arm 0"].tone == "even" and said["arm 2"].tone == "better"
+    assert "p = .040, significant)" in next(v.text for v in verdicts({"arms": _arms(0.04)}) if v.arm == "arm 0")
+
+
+def test_the_stored_correction_comes_before_ones_own() -> None:
+    arms = _arms(0.04, 0.5, 0.001)
+    holm = comparisons({"arms": arms})
+    assert [round(holm[f"arm {i}", "task", "t"].p_adjusted, 6) for i in range(3)] == [0.08, 0.5, 0.003]
+    arms["arm 2"]["task"]["t"]["vs_instruct"] |= {"p_adjusted": 0.2, "mde": 0.11, "verdict": "not distinguishable"}
+    stored = {"groups": {"task": {"arm 0": {"p_adjusted": 0.049}}}, "verdict": ["Nothing holds."]}
+    known = comparisons({"arms": arms, "comparison": stored})
+    assert known["arm 2", "task", "t"].p_adjusted == 0.2 and known["arm 2", "task", "t"].mde == 0.11
+    assert (
+        known["arm 0", "task", None].p_adjusted == 0.049 and known["arm 0", "task", "t"].p_adjusted == holm["arm 0", "task", "t"].p_adjusted
+    )
+
+
+def test_what_is_tested_over_seeds_is_what_is_shown() -> None:
+    from guidetune.report.tables import records
+
+    arms = _arms(0.001)
+    test = {"diff": 0.02, "ci": [-0.04, 0.08], "p": 0.5, "p_adjusted": 0.7, "test": "t over seeds and items"}
+    arms["arm 0"]["over_seeds"] = {"task": {"t": {"mean": 0.42, "sd": 0.03, "scores": [0.45, 0.39], "vs_instruct": test}}}
+    _, row = records({"arms": arms})
+    assert (row["score"], row["sd"], row["seeds"], row["ci_low"]) == (0.42, 0.03, 2, None)
+    assert (row["gain_vs_instruct"], row["p"], row["p_adjusted"]) == (0.02, 0.5, 0.7)
+    assert (row["kept"], row["lost"], row["gained"]) == (90, 5, 9), "counts of items are the first seed's"
+    assert "0.420 ± 0.030" in report.markdown({"arms": arms}) and verdicts({"arms": arms})[1].tone != "better"
 
 
 def test_the_sentence_follows_p_where_p_and_interval_disagree() -> None:
