@@ -383,6 +383,7 @@ def merge(
     into: Annotated[str | None, typer.Option("--into", metavar="MODEL", help="... and the model that receives it.")] = None,
     scale: Annotated[float, typer.Option("--scale", help="The change is multiplied by this.")] = 1.0,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the written weights.")] = "auto",
+    verify: Annotated[str, typer.Option("--verify", help="full, weights, none; auto: full up to 2 GB.")] = "auto",
 ) -> None:
     """Write a model from adapters and models."""
     problems = []
@@ -399,11 +400,11 @@ def merge(
     if plan is not None:
         from guidetune.weightspace.plan import merge as merge_plan
 
-        result = merge_plan(plan, out)
+        result = merge_plan(plan, out, verify=verify)
     else:
         from guidetune.weightspace.apply import transfer
 
-        result = transfer(adapter, into, out, scale=scale, dtype=dtype)
+        result = transfer(adapter, into, out, scale=scale, dtype=dtype, verify=verify)
     print(f"model: {getattr(result, 'path', None) or out}")
 
 
