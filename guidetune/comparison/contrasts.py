@@ -113,6 +113,28 @@ def compare_two(out: Path, arms: Mapping[str, Mapping[str, Any]], a: str, b: str
     return _pairs(_Items(out), {name: dict(arms[name]) for name in (a, b)}, [a, b])
 
 
+def compare_group_of(out: Path, a: Mapping[str, Any], b: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Two arms on the mean of a group's tasks: `{diff, ci, p, test}`, diff > 0 when `a` is better; over seeds where both have several.
+
+    Raises:
+        BadInput: the two have no task in common, or other items.
+    """
+    items = _Items(out)
+    counted: dict[str, dict[str, Any]] = {}
+    for label in (label for label in a[group] if label in b[group]):
+        result = dict(a[group][label])
+        over = _over_seeds(items, a, b, group, label)
+        if over is None:
+            ids, x, weights = items.scores([a], group, label)
+            _, y, _ = items.scores([b], group, label, ids)
+            over = statistics.paired(x[0], y[0], weights, result.get("higher_is_better", True))
+        counted[label] = {**result, "vs_instruct": over}
+    part = compare_group({group: counted}, group)
+    if part is None:
+        raise BadInput(f"the arms have no {group} results in common")
+    return {"diff": part.gain, "ci": list(part.ci) if part.ci else None, "p": part.p, "test": part.test}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +175,7 @@ def _seeds(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry, *(again for again in entry.get("seeds", []) if again.get("status") == "ok")]
 
 
-def _shared_seeds(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def shared_seeds(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The repetitions of two arms with the same seeds, in order; an arm that is not trained has one for all."""
 
     def by_seed(entry: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
@@ -174,7 +196,7 @@ def _has(entries: Iterable[Mapping[str, Any]], group: str, label: str) -> bool:
 
 def _over_seeds(items: _Items, a: Mapping[str, Any], b: Mapping[str, Any], group: str, label: str) -> dict[str, Any] | None:
     """The test over seeds and items of two arms, where both have their seeds (or need none)."""
-    left, right = _shared_seeds(a, b)
+    left, right = shared_seeds(a, b)
     if max(len(left), len(right)) < 2 or not _has([*left, *right], group, label):
         return None
     ids, x, weights = items.scores(left, group, label)

@@ -269,7 +269,12 @@ def over_seeds(
     diff = float(rows.mean())
     by_seed = float(rows.var(ddof=1)) / seeds
     # the mean is a ratio Σwd / Σw: its linear form has the item terms n · part · (d - diff)
-    by_item = float((n * part * (d.mean(0) - diff)).var(ddof=1)) / n
+    squares = float(((n * part * (d.mean(0) - diff)) ** 2).sum())
+    if weights is None and set(np.unique(np.concatenate([x.ravel(), y.ravel()]))) <= {0.0, 1.0}:
+        # one gain and one loss more than were seen (Bonett and Price 2012): that nothing changed in n items is no proof that nothing can
+        by_item = (squares + 2) / (n + 1) / (n + 2)
+    else:
+        by_item = squares / (n - 1) / n
     error = sqrt(by_seed + by_item)
     found = {"diff": diff, "seeds": seeds, "sd": float(rows.std(ddof=1)), "test": "t over seeds and items"}
     if error <= 1e-15:
