@@ -107,7 +107,8 @@ def test_nothing_is_left_running(place: Path, how: str) -> None:  # noqa: F811
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"}
     parent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        while len(living := workers(parent.pid)) < 2 or not all((place / f"runs/c/arms/{a}/.adapter.partial").is_dir() for a in living):
+        tuning = [place / f"runs/c/arms/{arm}/.adapter.partial/checkpoint.safetensors" for arm in ("sft", "gift")]
+        while len(living := workers(parent.pid)) < 2 or not all(path.is_file() for path in tuning):
             assert parent.poll() is None, parent.stderr.read() if parent.stderr else ""
             time.sleep(0.05)
         assert {child.environ()["OMP_NUM_THREADS"] for child in living.values()} == {"1"}  # two threads, shared by two
@@ -116,8 +117,7 @@ def test_nothing_is_left_running(place: Path, how: str) -> None:  # noqa: F811
         assert code == (130 if how == "interrupt" else -signal.SIGKILL)
         _, alive = psutil.wait_procs(list(living.values()), timeout=60)
         assert not alive
-        # each had written what it needs to go on
-        assert all((place / f"runs/c/arms/{arm}/.adapter.partial/checkpoint.safetensors").is_file() for arm in ("sft", "gift"))
+        assert all(path.is_file() for path in tuning)  # what the same command goes on from
     finally:
         for process in [*living.values(), psutil.Process(parent.pid) if parent.poll() is None else None]:
             if process is not None and process.is_running():
