@@ -45,6 +45,7 @@ class Done:
 def run(orders: Sequence[Order], at_a_time: int, threads: int, out: Path) -> dict[str, Done]:
     """Do all orders, at most so many at a time with so many threads each; {label: result}. Ctrl-C ends every process."""
     folder = out / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed command left
     waiting = list(enumerate(orders))
     working: dict[int, _Worker] = {}
     found: dict[str, Done] = {}

@@ -43,7 +43,7 @@ def test_unequal_budgets_are_refused_or_marked(place: Path) -> None:  # noqa: F8
 
 
 def test_what_arms_share_is_done_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """One teacher pass, one evaluation of the untouched model, one adapter for graft and re-adapt, however many arms and seeds."""
+    """One teacher pass and one evaluation of the untouched model, however many arms, seeds and runs."""
     import guidetune.engine as engine
     import guidetune.guidance as guidance
     from guidetune.evaluation import evaluate
@@ -59,12 +59,14 @@ def test_what_arms_share_is_done_once(place: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(guidance, "teach", counting("teacher", guidance.teach))
     monkeypatch.setattr(engine, "fit", counting("tuned", engine.fit))
-    real = evaluate._run
-    monkeypatch.setattr(evaluate, "_run", lambda handle, *a, **k: (counts["evaluated"].append(handle.spec), real(handle, *a, **k))[1])
+    real = evaluate._nll
+    monkeypatch.setitem(evaluate.ANSWER, "nll", lambda handle, *a, **k: (counts["evaluated"].append(handle.spec), real(handle, *a, **k))[1])
     quick = ["evaluate.task=[]", "evaluate.general=[{method: nll, path: test.jsonl, limit: 2}]", "tune.max_steps=1"]
     recipe = load(place / "recipe.yaml", quick)
-    names = ["instruct", "gift", "guided", "stm", "graft", "re-adapt"]
+    names = ["instruct", "gift", "stm"]
     out = pipeline.compare(recipe, names, place / "runs/o", seeds=2)
-    assert counts["teacher"] == 1 and counts["tuned"] == 2 * 4
-    assert counts["evaluated"].count(str(place / "instruct")) == 1 and len(counts["evaluated"]) == 1 + 2 * 5
+    assert counts["teacher"] == 1 and counts["tuned"] == 2 * 2
+    assert counts["evaluated"].count(str(place / "instruct")) == 1 and len(counts["evaluated"]) == 1 + 2 * 2
     assert all(arm["status"] == "ok" for arm in results(out)["arms"].values())
+    pipeline.run(recipe, place / "runs/beside")  # another run finds the teacher pass and the evaluation of the untouched model
+    assert counts["teacher"] == 1 and counts["evaluated"].count(str(place / "instruct")) == 1
