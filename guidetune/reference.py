@@ -181,7 +181,7 @@ def recipe_markdown() -> str:
         "## Arms of compare",
         "",
         "An arm is the recipe with these keys changed and nothing else. A recipe can add its own under `arms`:",
-        "`arms: {gentle: {tune.lr: 5e-5}}`.",
+        "`arms: {gentle: {tune.lr: 5e-5}}`; see [compare](compare.md).",
         "",
         "| arm | what it is | changes |",
         "|---|---|---|",
