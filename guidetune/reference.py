@@ -171,6 +171,7 @@ def recipe_markdown() -> str:
         ("tune", recipe.Tune),
         ("transfer", recipe.Transfer),
         ("evaluate", recipe.Evaluate),
+        ("evaluate.validation", recipe.Validation),
     ]
     for title, cls in parts:
         lines += [f"## {title}", "", *([doc, ""] if (doc := _own_doc(cls)) else []), *_table(cls), ""]

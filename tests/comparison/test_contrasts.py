@@ -57,7 +57,8 @@ def test_every_arm_is_tested_corrected_and_put_into_words(tmp_path: Path) -> Non
     assert {name: pair["p_adjusted"] for name, pair in pairs.items()} == holm({name: pair["p"] for name, pair in pairs.items()})
     assert pairs["up"]["verdict"].startswith("up is better than instruct on sums by ") and "One training seed" in pairs["up"]["verdict"]
     said = pairs["even"]["verdict"]
-    points = f"{100 * pairs['even']['mde']:.1f} points"
+    points = f"{100 * pairs['even']['mde_adjusted']:.1f} points"
+    assert pairs["even"]["mde"] < pairs["even"]["mde_adjusted"]  # what two tests can show is less than what one could
     assert (
         said.startswith("No difference between even and instruct on sums was detected")
         and f"with 200 items only differences above {points}" in said
@@ -108,9 +109,11 @@ def test_nothing_changed_is_no_proof_that_nothing_can(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("p, adjusted, ci", itertools.product([0.001, 0.03, 0.4], [0.004, 0.2], [(-0.05, 0.1), (0.01, 0.1)]))
 def test_words_claim_no_more_than_the_test(p: float, adjusted: float, ci: tuple[float, float]) -> None:
-    said = Contrast("a", "b", "t", 0.04, ci, p, 200, mde=0.09).words(max(p, adjusted), 3)
+    test = Contrast("a", "b", "t", 0.04, ci, p, 200, paired={"ci": ci})
+    said = test.words(max(p, adjusted), 3)
     assert (" is better than " in said) == (max(p, adjusted) < 0.05)
     if p < 0.05 <= max(p, adjusted):
         assert "no difference was established" in said
     if p >= 0.05:
-        assert "only differences above 9.0 points" in said and ("A loss of up to 5.0 points" in said) == (ci[0] < 0)
+        least = (2.394 + 0.842) * (ci[1] - ci[0]) / 3.92  # z at .05 / 3, z of power .8
+        assert f"only differences above {100 * least:.1f} points" in said and ("A loss of up to 5.0 points" in said) == (ci[0] < 0)
