@@ -314,18 +314,18 @@ class _Job:
 
     def _fits(self, arm: Recipe, budget: int) -> bool:
         """Whether an arm can be done within so many bytes, by the estimates that `plan_memory` uses."""
-        before, told = self._limit, set(self._told)
+        before = self._limit
         self._limit = (budget, True)  # strict: what does not fit is refused
         try:
             if arm.tune is not None:
-                self._tune_settings(arm)
+                self._tune_settings(arm, tell=False)
             self._evaluate_tokens(arm)
         except BadInput:
             return False
         except (RunFailed, OSError, RuntimeError, ValueError, MemoryError):
             return True  # the arm will fail by itself, with its reason
         finally:
-            self._limit, self._told = before, told
+            self._limit = before
         return True
 
     # -- before anything expensive ------------------------------------------------------------------------------------
@@ -488,8 +488,8 @@ class _Job:
             self._told.add(estimate.what)
             say(f"warning: {estimate.what} may need {estimate.text()}, and about {memory.gigabytes(budget)} is free; {memory.ADVICE}")
 
-    def _tune_settings(self, arm: Recipe) -> tuple[TuneSettings, dict[str, Any] | None]:
-        """The arm's settings, changed where they would not fit, and the estimate."""
+    def _tune_settings(self, arm: Recipe, tell: bool = True) -> tuple[TuneSettings, dict[str, Any] | None]:
+        """The arm's settings, changed where they would not fit (which is told), and the estimate."""
         from guidetune.engine import memory
 
         tune = arm.tune
@@ -520,7 +520,7 @@ class _Job:
             changes.append(f"micro-batches have {chosen.micro_tokens:,} tokens instead of {settings.micro_tokens:,}")
         if estimate.frugal:
             changes.append("freed memory is given back at once (slower)")
-        if changes and (text := " and ".join(changes)) not in self._told:
+        if tell and changes and (text := " and ".join(changes)) not in self._told:
             self._told.add(text)
             say(f"memory: {text}; training needs about {estimate.text()}")
         return chosen, estimate.as_dict()

@@ -134,7 +134,8 @@ class _Worker:
 
     def interrupt(self) -> None:
         if not self.ended:
-            self.process.send_signal(signal.SIGINT)
+            # Windows has no signal that another process could catch as Ctrl-C; the last checkpoint is there in any case
+            self.process.terminate() if os.name == "nt" else self.process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         if not self.ended:
