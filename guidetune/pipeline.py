@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,7 @@ class _How:
     scales: tuple[float, ...] = ()
     selection: Selection | None = None
     unequal_budget: bool = False
+    reference: bool = True  # the untouched model is among the arms: its results are there, of this very comparison
 
 
 def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
@@ -135,6 +136,7 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, h
     group = _group()
     _check_place(out)
     job = _Job(recipe, out, kind)
+    how = replace(how, reference=REFERENCE in arms)
     job.check(arms, how)
     job.plan_memory(arms)
     budgets = job.budgets(arms)
@@ -271,6 +273,7 @@ class _Job:
                 "out": str(self.out),
                 "repeat": repeat,
                 "scales": list(how.scales) if not repeat else [],
+                "reference": how.reference,
                 "selection": how.selection.model_dump() if how.selection else None,
                 "limit": share,
                 "places": {key: str(path) for key, path in self._places.items()},
@@ -946,8 +949,11 @@ class _Job:
             return None
         known: dict[float, tuple[Mapping[str, Any], Path]] = {arm.transfer.scale: (entry, self.out / own)}
         group = _group()
-        start = group.once(lambda: self._finished_scores(sweep.test, untouched / "evaluation"))
-        if start is not None and arm.transfer.into == "instruct" and arm.transfer.into_scale == 1:
+        start = held = None
+        if how.reference and arm.transfer.into == "instruct" and arm.transfer.into_scale == 1:  # scale 0 is the untouched model
+            start = group.once(lambda: self._finished_scores(sweep.test, untouched / "evaluation"))
+            held = group.once(lambda: self._finished_scores(sweep.separate or {}, untouched / "validation"))
+        if start is not None:
             known[0.0] = (start, untouched / "evaluation")
         points = []
         with self._merged(arm, adapter, folder) as at:
@@ -957,10 +963,8 @@ class _Job:
                 found, where = known.get(scale) or (self._scores(arm, at(scale), sweep.test, place), place)
                 point = Point(scale, found, where)
                 if sweep.separate is not None:
-                    place = place / "validation"
-                    held = group.once(lambda: self._finished_scores(sweep.separate or {}, untouched / "validation"))
-                    held = held if scale == 0 and scale in known else None
-                    point.validation = held or self._scores(arm, at(scale), sweep.separate, place)
+                    of_start = held if scale == 0 else None
+                    point.validation = of_start or self._scores(arm, at(scale), sweep.separate, place / "validation")
                 points.append(point)
         samples = arm.evaluate.samples if arm.evaluate is not None else 1
         return group.once(lambda: report(sweep, points, name, samples, arm.seed))
@@ -1083,7 +1087,7 @@ def ordered(order: Mapping[str, Any]) -> dict[str, Any]:
     job._told = set(order["told"])
     job._limit = tuple(order["limit"]) if order["limit"] else None  # type: ignore[assignment]
     selection = Selection(**order["selection"]) if order["selection"] else None
-    how = _How(scales=tuple(order["scales"]), selection=selection)
+    how = _How(scales=tuple(order["scales"]), selection=selection, reference=order["reference"])
     return job.arm(order["arm"], from_mapping(order["recipe"], root), order["repeat"], how)
 
 

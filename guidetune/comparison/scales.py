@@ -173,7 +173,6 @@ class Point:
     test: Results
     test_folder: Path
     validation: Results | None = None
-    validation_folder: Path | None = None
 
 
 def report(sweep: Sweep, measured: Iterable[Point], arm: str, samples: int, seed: int) -> dict[str, Any]:
