@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,33 @@ def stage(folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str
     write_json(work / MANIFEST, manifest)
     publish(work, folder)
     return StageResult(folder, False, manifest)
+
+
+def shared_stage(shared: Path, folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> StageResult:
+    """A stage kept in a store beside the runs, so that other runs find it, and shown in this run's folder."""
+    manifest = finished(folder, key)
+    if manifest is not None:
+        return StageResult(folder, True, manifest)
+    done = stage(shared, key, build)
+    copied(done.path, folder.parent, folder.name)
+    return StageResult(folder, done.reused, done.manifest)
+
+
+def copied(source: Path, parent: Path, name: str, beside: Sequence[str] = ()) -> None:
+    """A finished folder under another name as well, by links where there are such; files `beside` it come along first."""
+    for file in beside:
+        if (source.parent / file).is_file():
+            shutil.copy2(source.parent / file, parent / file)
+    work = parent / f".{name}.partial"
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    for file in source.iterdir():
+        try:
+            os.link(file, work / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(file, work / file.name)
+    publish(work, parent / name)
 
 
 def publish(work: Path, folder: Path) -> None:

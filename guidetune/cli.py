@@ -586,6 +586,9 @@ def _show_results(folder: Path) -> None:
 
     results = read_json(folder / "results.json")
     _print(arms_table(results))
+    if results.get("budget") and results.get("budget_equal"):
+        spent = next(iter(results["budget"].values()))
+        print(f"Each tuned arm: {spent['rows']:,} rows, {spent['supervised_tokens']:,} supervised tokens, {spent['steps']:,} steps.")
     for line in results.get("comparison", {}).get("verdict", []):
         print(line)
     for name, sweep in results.get("scales", {}).items():

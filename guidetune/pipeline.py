@@ -12,12 +12,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guidetune import threads
-from guidetune.artefacts import StageResult, digest_file, fingerprint, finished, publish, read_json, stage, write_json, write_text_atomic
+from guidetune.artefacts import (
+    StageResult,
+    copied,
+    digest_file,
+    fingerprint,
+    finished,
+    read_json,
+    shared_stage,
+    stage,
+    write_json,
+    write_text_atomic,
+)
 from guidetune.errors import BadInput, RunFailed
 from guidetune.progress import say
 from guidetune.registry import source_file
@@ -105,6 +116,7 @@ class _How:
     scales: tuple[float, ...] = ()
     selection: Selection | None = None
     unequal_budget: bool = False
+    reference: bool = True  # the untouched model is among the arms: its results are there, of this very comparison
 
 
 def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
@@ -124,6 +136,7 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, h
     group = _group()
     _check_place(out)
     job = _Job(recipe, out, kind)
+    how = replace(how, reference=REFERENCE in arms)
     job.check(arms, how)
     job.plan_memory(arms)
     budgets = job.budgets(arms)
@@ -260,6 +273,7 @@ class _Job:
                 "out": str(self.out),
                 "repeat": repeat,
                 "scales": list(how.scales) if not repeat else [],
+                "reference": how.reference,
                 "selection": how.selection.model_dump() if how.selection else None,
                 "limit": share,
                 "places": {key: str(path) for key, path in self._places.items()},
@@ -303,18 +317,18 @@ class _Job:
 
     def _fits(self, arm: Recipe, budget: int) -> bool:
         """Whether an arm can be done within so many bytes, by the estimates that `plan_memory` uses."""
-        before, told = self._limit, set(self._told)
+        before = self._limit
         self._limit = (budget, True)  # strict: what does not fit is refused
         try:
             if arm.tune is not None:
-                self._tune_settings(arm)
+                self._tune_settings(arm, tell=False)
             self._evaluate_tokens(arm)
         except BadInput:
             return False
         except (RunFailed, OSError, RuntimeError, ValueError, MemoryError):
             return True  # the arm will fail by itself, with its reason
         finally:
-            self._limit, self._told = before, told
+            self._limit = before
         return True
 
     # -- before anything expensive ------------------------------------------------------------------------------------
@@ -477,8 +491,8 @@ class _Job:
             self._told.add(estimate.what)
             say(f"warning: {estimate.what} may need {estimate.text()}, and about {memory.gigabytes(budget)} is free; {memory.ADVICE}")
 
-    def _tune_settings(self, arm: Recipe) -> tuple[TuneSettings, dict[str, Any] | None]:
-        """The arm's settings, changed where they would not fit, and the estimate."""
+    def _tune_settings(self, arm: Recipe, tell: bool = True) -> tuple[TuneSettings, dict[str, Any] | None]:
+        """The arm's settings, changed where they would not fit (which is told), and the estimate."""
         from guidetune.engine import memory
 
         tune = arm.tune
@@ -509,7 +523,7 @@ class _Job:
             changes.append(f"micro-batches have {chosen.micro_tokens:,} tokens instead of {settings.micro_tokens:,}")
         if estimate.frugal:
             changes.append("freed memory is given back at once (slower)")
-        if changes and (text := " and ".join(changes)) not in self._told:
+        if tell and changes and (text := " and ".join(changes)) not in self._told:
             self._told.add(text)
             say(f"memory: {text}; training needs about {estimate.text()}")
         return chosen, estimate.as_dict()
@@ -671,7 +685,7 @@ class _Job:
 
         folder = self._place(self.out / "guidance" / _slug(teacher), rows.digest)
         shared = self.out.parent / ".store" / f"guide-{fingerprint(key)[:16]}"
-        done = _group().follow(lambda build: _shared_stage(shared, folder, key, build), build)
+        done = _group().follow(lambda build: shared_stage(shared, folder, key, build), build)
         self._folders[f"guidance/{teacher}"] = done.path
         summary = {**done.result, "teacher": self._spec(teacher), "seconds": done.seconds}
         if not self.guidance:
@@ -758,7 +772,7 @@ class _Job:
         group = _group()
         twin = group.once(lambda: self._tuned_alike(folder / "adapter", key))
         if twin is not None:  # graft and re-adapt, for example, differ only in what is done with the adapter
-            group.once(lambda: _copied(twin, folder, "adapter", ("metrics.jsonl",)))
+            group.once(lambda: copied(twin, folder, "adapter", ("metrics.jsonl",)))
             say(f"tune: the same as in {self._relative(twin.parent)}, not done again")
         done = group.follow(lambda build: stage(folder / "adapter", key, build), build)
         return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
@@ -852,7 +866,9 @@ class _Job:
         settings = _eval_settings(arm.evaluate, arm.seed).model_copy(update={"batch_tokens": self._evaluate_tokens(arm)})
         try:
             group.place(handle.model)
-            found = {kind: evaluate(handle, self._plan(arm, kind), out / kind, settings, arm.root) for kind in ("task", "general")}
+            # of the untouched model once for all runs beside this one
+            store = self.out.parent / ".store" if arm.tune is None else None
+            found = {kind: evaluate(handle, self._plan(arm, kind), out / kind, settings, arm.root, store) for kind in ("task", "general")}
         finally:
             _release(handle)
         return {**found, "fingerprint": handle.fingerprint}
@@ -923,7 +939,8 @@ class _Job:
         untouched = self.out / "arms" / REFERENCE
         if adapter is None:
             if sweep.separate is not None and name == REFERENCE:
-                handle = open_handle(self._spec("instruct"), device=_group().loading_device)
+                handle = _group().agreed(lambda: open_handle(self._spec("instruct"), device=_group().loading_device))
+                _group().place(handle.model)
                 self._scores(arm, handle, sweep.separate, untouched / "validation")
                 _release(handle)
             return None
@@ -931,8 +948,12 @@ class _Job:
             say(f"note: arm {name} is not moved to a model, so it has no scale to change")
             return None
         known: dict[float, tuple[Mapping[str, Any], Path]] = {arm.transfer.scale: (entry, self.out / own)}
-        start = self._finished_scores(sweep.test, untouched / "evaluation")
-        if start is not None and arm.transfer.into == "instruct" and arm.transfer.into_scale == 1:
+        group = _group()
+        start = held = None
+        if how.reference and arm.transfer.into == "instruct" and arm.transfer.into_scale == 1:  # scale 0 is the untouched model
+            start = group.once(lambda: self._finished_scores(sweep.test, untouched / "evaluation"))
+            held = group.once(lambda: self._finished_scores(sweep.separate or {}, untouched / "validation"))
+        if start is not None:
             known[0.0] = (start, untouched / "evaluation")
         points = []
         with self._merged(arm, adapter, folder) as at:
@@ -942,12 +963,11 @@ class _Job:
                 found, where = known.get(scale) or (self._scores(arm, at(scale), sweep.test, place), place)
                 point = Point(scale, found, where)
                 if sweep.separate is not None:
-                    place = place / "validation"
-                    held = self._finished_scores(sweep.separate, untouched / "validation") if scale == 0 and scale in known else None
-                    point.validation = held or self._scores(arm, at(scale), sweep.separate, place)
+                    of_start = held if scale == 0 else None
+                    point.validation = of_start or self._scores(arm, at(scale), sweep.separate, place / "validation")
                 points.append(point)
-        assert arm.evaluate is not None
-        return report(sweep, points, name, arm.evaluate.samples, arm.seed)
+        samples = arm.evaluate.samples if arm.evaluate is not None else 1
+        return group.once(lambda: report(sweep, points, name, samples, arm.seed))
 
     @contextmanager
     def _merged(self, arm: Recipe, adapter: Path, folder: Path) -> Iterator[Callable[[float], Any]]:
@@ -1067,7 +1087,7 @@ def ordered(order: Mapping[str, Any]) -> dict[str, Any]:
     job._told = set(order["told"])
     job._limit = tuple(order["limit"]) if order["limit"] else None  # type: ignore[assignment]
     selection = Selection(**order["selection"]) if order["selection"] else None
-    how = _How(scales=tuple(order["scales"]), selection=selection)
+    how = _How(scales=tuple(order["scales"]), selection=selection, reference=order["reference"])
     return job.arm(order["arm"], from_mapping(order["recipe"], root), order["repeat"], how)
 
 
@@ -1190,33 +1210,6 @@ def _slug(teacher: str) -> str:
         return teacher
     plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(teacher).name)[:40].strip("-.") or "teacher"
     return f"{plain}-{fingerprint(teacher)[:8]}"
-
-
-def _shared_stage(shared: Path, folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> StageResult:
-    """A stage kept in a store beside the runs, so that other runs find it, and shown in this run's folder."""
-    manifest = finished(folder, key)
-    if manifest is not None:
-        return StageResult(folder, True, manifest)
-    done = stage(shared, key, build)
-    _copied(done.path, folder.parent, folder.name)
-    return StageResult(folder, done.reused, done.manifest)
-
-
-def _copied(source: Path, parent: Path, name: str, beside: Sequence[str] = ()) -> None:
-    """A finished folder under another name as well, by links where there are such; files `beside` it come along first."""
-    for file in beside:
-        if (source.parent / file).is_file():
-            shutil.copy2(source.parent / file, parent / file)
-    work = parent / f".{name}.partial"
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    for file in source.iterdir():
-        try:
-            os.link(file, work / file.name)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(file, work / file.name)
-    publish(work, parent / name)
 
 
 def _repeats(arms: Mapping[str, Recipe], found: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[tuple[int, str, Recipe]]:

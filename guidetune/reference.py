@@ -171,6 +171,7 @@ def recipe_markdown() -> str:
         ("tune", recipe.Tune),
         ("transfer", recipe.Transfer),
         ("evaluate", recipe.Evaluate),
+        ("evaluate.validation", recipe.Validation),
     ]
     for title, cls in parts:
         lines += [f"## {title}", "", *([doc, ""] if (doc := _own_doc(cls)) else []), *_table(cls), ""]
@@ -181,7 +182,7 @@ def recipe_markdown() -> str:
         "## Arms of compare",
         "",
         "An arm is the recipe with these keys changed and nothing else. A recipe can add its own under `arms`:",
-        "`arms: {gentle: {tune.lr: 5e-5}}`.",
+        "`arms: {gentle: {tune.lr: 5e-5}}`; see [compare](compare.md).",
         "",
         "| arm | what it is | changes |",
         "|---|---|---|",

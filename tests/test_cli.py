@@ -121,6 +121,13 @@ def test_debug_shows_the_traceback_wherever_it_stands(broken: Path) -> None:
         (["run", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
         (["compare", "recipes/gift-gsm8k.yaml", "--arms", "sft,gfit"], "unknown arm 'gfit' (did you mean 'gift'?)"),
         (["compare", "recipes/gift-gsm8k.yaml", "--arms", ","], "name at least one"),
+        (
+            ["compare", "recipes/world-arithmetic.yaml", "--grid", "tune.lr=fast"],
+            "tune.lr = 'fast': must be a valid number (arm sft-lr=fast)",
+        ),
+        (["compare", "recipes/world-arithmetic.yaml", "--scales", "0:1"], "write numbers such as 0,0.25,0.5 or from:to:step"),
+        (["compare", "recipes/world-arithmetic.yaml", "--scales", "1", "--pick", "best"], "--pick best: the rules are retain and mean"),
+        (["claims", "gfit"], "no claims of a paper 'gfit' (did you mean 'gift'?)"),
         (["compare", "recipes/gift-gsm8k.yaml", "--seeds", "0"], "--seeds"),
         (["run", "recipes/gift-gsm8k.yaml", "--max-memory", "lots"], "--max-memory lots: write a size like 8GB"),
         (["methods", "gfit"], "did you mean 'gift'?"),

@@ -17,7 +17,7 @@ from guidetune.evaluation.evaluate import paired_results, read_items
 from guidetune.evaluation.statistics import ALPHA
 from guidetune.progress import say
 from guidetune.report import numbers
-from guidetune.report.findings import Comparison, compare_group, compare_task, smaller_is_better
+from guidetune.report.findings import compare_group, compare_task, smaller_is_better
 
 REFERENCE = "instruct"  # the arm every other is compared with
 GROUPS = {"task": "the task", "general": "general skills"}
@@ -37,7 +37,11 @@ class Contrast:
     n: int
     seeds: int = 1
     points: bool = True  # shares of right items, told in points; else the metric's own unit
-    mde: float | None = None
+    paired: Mapping[str, Any] = field(default_factory=dict)  # the result of `statistics` that all this is from
+
+    def detectable(self, tests: int = 1) -> float | None:
+        """The smallest true difference that would be found, with p held against .05 / tests: what Holm asks of the smallest p."""
+        return statistics.detectable(self.paired, self.n, ALPHA / max(tests, 1)) if self.paired else None
 
     def words(self, adjusted: float | None = None, tests: int = 1) -> str:
         """One sentence that claims no more than the test allows; `adjusted`: p after correction over `tests` comparisons."""
@@ -57,8 +61,8 @@ class Contrast:
             start = f"{self.a} and {self.b} on {self.on}: a difference of {self._size(self.gain)} is {numbers.p_value(self.p)} by itself, "
             return f"{start}but {numbers.p_value(final)}{corrected}: no difference was established ({basis})."
         text = f"No difference between {self.a} and {self.b} on {self.on} was detected ({numbers.p_value(final)}{corrected})"
-        if self.mde is not None:
-            text += f"; with {basis} only differences above {self._size(self.mde)} would be, four times in five"
+        if (least := self.detectable(tests)) is not None:
+            text += f"; with {basis} only differences above {self._size(least)} would be, four times in five"
         else:
             text += f"; {basis}"
         if self.ci and self.ci[0] < 0:
@@ -80,8 +84,8 @@ def compare_arms(out: Path, arms: dict[str, dict[str, Any]], reference: str = RE
     Args:
         out: the run's folder; `paths.evaluation` of an arm is relative to it.
         arms: `results["arms"]`. Each `vs_instruct` is `statistics.paired` with `p_adjusted` (Holm over the arms of one task), `mde` (the
-            minimum detectable difference) and `verdict`. Arms with several seeds get the test over seeds and items in
-            `over_seeds[group][task]["vs_instruct"]`; it then stands for the arm in the summary.
+            minimum detectable difference; `mde_adjusted` after correction) and `verdict`. Arms with several seeds get the test over seeds
+            and items in `over_seeds[group][task]["vs_instruct"]`; it then stands for the arm in the summary.
 
     Returns:
         `correction, alpha, groups: {group: {arm: {diff, ci, p, p_adjusted, mde, verdict}}}` (diff > 0: better than the reference),
@@ -111,6 +115,28 @@ def compare_two(out: Path, arms: Mapping[str, Mapping[str, Any]], a: str, b: str
     if problems:
         raise BadInput(problems)
     return _pairs(_Items(out), {name: dict(arms[name]) for name in (a, b)}, [a, b])
+
+
+def compare_group_of(out: Path, a: Mapping[str, Any], b: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Two arms on the mean of a group's tasks: `{diff, ci, p, test}`, diff > 0 when `a` is better; over seeds where both have several.
+
+    Raises:
+        BadInput: the two have no task in common, or other items.
+    """
+    items = _Items(out)
+    counted: dict[str, dict[str, Any]] = {}
+    for label in (label for label in a[group] if label in b[group]):
+        result = dict(a[group][label])
+        over = _over_seeds(items, a, b, group, label)
+        if over is None:
+            ids, x, weights = items.scores([a], group, label)
+            _, y, _ = items.scores([b], group, label, ids)
+            over = statistics.paired(x[0], y[0], weights, result.get("higher_is_better", True))
+        counted[label] = {**result, "vs_instruct": over}
+    part = compare_group({group: counted}, group)
+    if part is None:
+        raise BadInput(f"the arms have no {group} results in common")
+    return {"diff": part.gain, "ci": list(part.ci) if part.ci else None, "p": part.p, "test": part.test}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +179,7 @@ def _seeds(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [entry, *(again for again in entry.get("seeds", []) if again.get("status") == "ok")]
 
 
-def _shared_seeds(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def shared_seeds(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """The repetitions of two arms with the same seeds, in order; an arm that is not trained has one for all."""
 
     def by_seed(entry: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
@@ -174,7 +200,7 @@ def _has(entries: Iterable[Mapping[str, Any]], group: str, label: str) -> bool:
 
 def _over_seeds(items: _Items, a: Mapping[str, Any], b: Mapping[str, Any], group: str, label: str) -> dict[str, Any] | None:
     """The test over seeds and items of two arms, where both have their seeds (or need none)."""
-    left, right = _shared_seeds(a, b)
+    left, right = shared_seeds(a, b)
     if max(len(left), len(right)) < 2 or not _has([*left, *right], group, label):
         return None
     ids, x, weights = items.scores(left, group, label)
@@ -188,16 +214,19 @@ def _test(paired: Mapping[str, Any], result: Mapping[str, Any], a: str, b: str, 
     if part is None:
         return None
     points = not smaller_is_better(result) and max(abs(part.gain), abs(numbers.finite(result.get("score")) or 0)) <= 1
-    return Contrast(
-        a, b, on, part.gain, part.ci, part.p, part.n, int(paired.get("seeds", 1)), points, statistics.detectable(paired, part.n)
-    )
+    return Contrast(a, b, on, part.gain, part.ci, part.p, part.n, int(paired.get("seeds", 1)), points, paired)
 
 
 def _judge(tests: Mapping[Any, Contrast], paired: Mapping[Any, dict[str, Any]]) -> None:
     """Add p_adjusted, mde and verdict to each comparison, corrected over all of them."""
     adjusted = statistics.holm({key: test.p for key, test in tests.items() if test.p is not None})
     for key, test in tests.items():
-        paired[key] |= {"p_adjusted": adjusted.get(key), "mde": test.mde, "verdict": test.words(adjusted.get(key), len(adjusted))}
+        paired[key] |= {
+            "p_adjusted": adjusted.get(key),
+            "mde": test.detectable(),
+            "mde_adjusted": test.detectable(len(adjusted)),
+            "verdict": test.words(adjusted.get(key), len(adjusted)),
+        }
 
 
 def _against_reference(
@@ -269,7 +298,7 @@ def _summaries(
                 part.n,
                 min(test.seeds for test in used),
                 all(test.points for test in used) or (part.tasks < len(used) and abs(part.gain) <= 1),
-                used[0].mde if len(used) == 1 else _mde(part),
+                used[0].paired if len(used) == 1 else {"ci": part.ci},
             )
         rows = {name: {"diff": test.gain, "ci": list(test.ci) if test.ci else None, "p": test.p} for name, test in tests.items()}
         _judge(tests, rows)
@@ -279,10 +308,6 @@ def _summaries(
 
 def _counting(entry: Mapping[str, Any], over: Mapping[str, Any], group: str, label: str) -> dict[str, Any]:
     return over.get(label, {}).get("vs_instruct") or entry[group][label]["vs_instruct"]
-
-
-def _mde(part: Comparison) -> float | None:
-    return statistics.detectable({"ci": part.ci}, part.n)
 
 
 def _pairs(items: _Items, arms: Mapping[str, Mapping[str, Any]], names: list[str]) -> list[dict[str, Any]]:

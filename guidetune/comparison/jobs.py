@@ -45,6 +45,7 @@ class Done:
 def run(orders: Sequence[Order], at_a_time: int, threads: int, out: Path) -> dict[str, Done]:
     """Do all orders, at most so many at a time with so many threads each; {label: result}. Ctrl-C ends every process."""
     folder = out / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed command left
     waiting = list(enumerate(orders))
     working: dict[int, _Worker] = {}
     found: dict[str, Done] = {}
@@ -133,7 +134,8 @@ class _Worker:
 
     def interrupt(self) -> None:
         if not self.ended:
-            self.process.send_signal(signal.SIGINT)
+            # Windows has no signal that another process could catch as Ctrl-C; the last checkpoint is there in any case
+            self.process.terminate() if os.name == "nt" else self.process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         if not self.ended:

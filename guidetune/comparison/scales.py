@@ -173,7 +173,6 @@ class Point:
     test: Results
     test_folder: Path
     validation: Results | None = None
-    validation_folder: Path | None = None
 
 
 def report(sweep: Sweep, measured: Iterable[Point], arm: str, samples: int, seed: int) -> dict[str, Any]:
@@ -215,6 +214,8 @@ def report(sweep: Sweep, measured: Iterable[Point], arm: str, samples: int, seed
         said.append(sentence)
     general = any(point["validation"]["general"] is not None for point in shown)
     points = (shown[0]["validation"]["general"] or 0) >= 0  # a group of losses has a level below 0
+    if chosen == 0:
+        said = ["No scale of what was learnt was better on the validation items within the limit: scale 0 is the receiving model as it is."]
     return {
         "chosen": chosen,
         "chosen_on": "validation",
@@ -284,7 +285,6 @@ def _against_zero(
     if part is None:
         return paired, f"Nothing was measured on {label}."
     points = not smaller_is_better(result) and abs(result["score"] or 0) <= 1
-    mde = statistics.detectable(paired, part.n)
     name = f"{arm} at scale {chosen:g}"
-    words = Contrast(name, "scale 0", f"{label} (test items)", part.gain, part.ci, part.p, part.n, 1, points, mde).words()
-    return {**paired, "mde": mde, "verdict": words}, words
+    words = Contrast(name, "scale 0", f"{label} (test items)", part.gain, part.ci, part.p, part.n, 1, points, paired)
+    return {**paired, "mde": words.detectable(), "verdict": words.words()}, words.words()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from guidetune.artefacts import StageResult, derive_seed, digest_file, fingerprint, finished, stage, write_text_atomic
+from guidetune.artefacts import StageResult, derive_seed, digest_file, fingerprint, finished, shared_stage, stage, write_text_atomic
 from guidetune.engine.distributed import current
 from guidetune.errors import BadInput, RunFailed
 from guidetune.evaluation.results import judge, summarise
@@ -119,8 +119,9 @@ def evaluate(
     out: Path,
     settings: EvalSettings | None = None,
     root: Path = Path("."),
+    store: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run every task on one model; `{label: TaskResult}`.
+    """Run every task on one model; `{label: TaskResult}`. Results are kept in `store` too, where there is one, for other runs to find.
 
     A TaskResult is `{"score", "ci": [lo, hi], "n", "metric", "higher_is_better", "metrics": {...}, "by": {"skill": {name: {"score", "n"}},
     ...}, "items": file relative to `out`, "cost": {"seconds", "tokens", "cut"}}`. The item file has one line per item: `id, prompt, output,
@@ -140,10 +141,12 @@ def evaluate(
 
     engine = choose(settings.engine if any(one.task.mode == "generate" for one in plans) else "hf", handle.folder is not None)
     with generator(handle, engine) as generate:
-        return {one.label: _run(handle, one, Path(out), settings, engine, generate) for one in plans}
+        return {one.label: _run(handle, one, Path(out), settings, engine, generate, store) for one in plans}
 
 
-def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate) -> dict[str, Any]:
+def _run(
+    handle: ModelHandle, planned: Planned, out: Path, settings: EvalSettings, engine: Engine, generate: Generate, store: Path | None
+) -> dict[str, Any]:
     task = planned.task
     samples = settings.samples if task.mode == "generate" else 1
     new_tokens = task.max_new_tokens or settings.max_new_tokens or task.default_new_tokens
@@ -188,7 +191,13 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
         if engine != "hf":
             key["engine"] = engine
-    return _task_result(group.follow(lambda build: stage(out / planned.label, key, build), build))
+
+    def lead(build: Callable[[Path], dict[str, Any]]) -> StageResult:
+        if store is None:
+            return stage(out / planned.label, key, build)
+        return shared_stage(store / f"evaluate-{fingerprint(key)[:16]}", out / planned.label, key, build)
+
+    return _task_result(group.follow(lead, build))
 
 
 def _task_result(done: StageResult) -> dict[str, Any]:

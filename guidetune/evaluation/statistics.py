@@ -216,29 +216,29 @@ def detectable_accuracy(n: int, changed: int, alpha: float = ALPHA, power: float
     return high
 
 
-def detectable(test: Mapping[str, Any], n: int) -> float | None:
-    """The minimum detectable difference (power .8, level .05) of a result of `paired` or `over_seeds` on n items, in the score's unit.
+def detectable(test: Mapping[str, Any], n: int, alpha: float = ALPHA) -> float | None:
+    """The minimum detectable difference (power .8) of a result of `paired` or `over_seeds` on n items, in the score's unit.
 
-    McNemar: `detectable_accuracy`. Others: (z_.975 + z_.8) · standard error, which is what their interval is made of. None where the data
-    show no spread to work with.
+    McNemar: `detectable_accuracy`. Others: (q + z_.8) · standard error, with q the two-sided quantile of the test at `alpha` and the error
+    that their 95 % interval is made of. None where the data show no spread to work with.
     """
     if str(test.get("test", "")).startswith("McNemar"):
-        return detectable_accuracy(n, int(test["lost"]) + int(test["gained"]))
+        return detectable_accuracy(n, int(test["lost"]) + int(test["gained"]), alpha)
     if not test.get("ci"):
         return None
-    quantile = float(test.get("quantile") or Z)
-    error = (test["ci"][1] - test["ci"][0]) / (2 * quantile)
-    factor = quantile + NormalDist().inv_cdf(POWER)
-    return factor * error if error > 0 else None
+    error = (test["ci"][1] - test["ci"][0]) / (2 * Z)
+    quantile = NormalDist().inv_cdf(1 - alpha / 2)
+    if "seed_share" in test:
+        error = (test["ci"][1] - test["ci"][0]) / (2 * _crossed_quantile(ALPHA, test["seed_share"], test["seeds"], n))
+        quantile = _crossed_quantile(alpha, test["seed_share"], test["seeds"], n)
+    return (quantile + NormalDist().inv_cdf(POWER)) * error if error > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several seeds
 
 
-def over_seeds(
-    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], weights: Sequence[float] | None = None, alpha: float = ALPHA
-) -> dict[str, Any]:
+def over_seeds(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> dict[str, Any]:
     """Compare two arms over training seeds *and* items: `diff = mean score(a) - mean score(b)`.
 
     Args:
@@ -269,22 +269,28 @@ def over_seeds(
     diff = float(rows.mean())
     by_seed = float(rows.var(ddof=1)) / seeds
     # the mean is a ratio Σwd / Σw: its linear form has the item terms n · part · (d - diff)
-    by_item = float((n * part * (d.mean(0) - diff)).var(ddof=1)) / n
+    squares = float(((n * part * (d.mean(0) - diff)) ** 2).sum())
+    if weights is None and set(np.unique(np.concatenate([x.ravel(), y.ravel()]))) <= {0.0, 1.0}:
+        # one gain and one loss more than were seen (Bonett and Price 2012): that nothing changed in n items is no proof that nothing can
+        by_item = (squares + 2) / (n + 1) / (n + 2)
+    else:
+        by_item = squares / (n - 1) / n
     error = sqrt(by_seed + by_item)
     found = {"diff": diff, "seeds": seeds, "sd": float(rows.std(ddof=1)), "test": "t over seeds and items"}
     if error <= 1e-15:
-        return {**found, "ci": [diff, diff], "p": 1.0 if abs(diff) < 1e-15 else None, "quantile": None}
-
+        return {**found, "ci": [diff, diff], "p": 1.0 if abs(diff) < 1e-15 else None}
     share = by_seed / (by_seed + by_item)
-
-    def quantile(level: float) -> float:
-        return share * student_quantile(1 - level / 2, seeds - 1) + (1 - share) * student_quantile(1 - level / 2, n - 1)
-
     # p is the level at which the interval would just reach 0; between the levels of a fine table
     reach = share * _quantiles(seeds - 1) + (1 - share) * _quantiles(n - 1)
     p = float(np.exp(np.interp(abs(diff) / error, reach[::-1], np.log(_LEVELS[::-1]))))
-    half = quantile(alpha) * error
-    return {**found, "ci": [diff - half, diff + half], "p": p, "quantile": quantile(alpha)}
+    half = _crossed_quantile(ALPHA, share, seeds, n) * error
+    return {**found, "ci": [diff - half, diff + half], "p": p, "seed_share": share}
+
+
+def _crossed_quantile(level: float, seed_share: float, seeds: int, items: int) -> float:
+    """The critical value of `over_seeds`; `seed_share` of the variance comes from the seeds."""
+    by_seed, by_item = student_quantile(1 - level / 2, seeds - 1), student_quantile(1 - level / 2, items - 1)
+    return seed_share * by_seed + (1 - seed_share) * by_item
 
 
 _LEVELS = np.logspace(-8, 0, 161)
