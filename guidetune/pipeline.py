@@ -6,6 +6,8 @@ killed run continues by being started again, and the arms of a comparison share 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guidetune import threads
+from guidetune import runs, threads
 from guidetune.artefacts import StageResult, digest_file, fingerprint, finished, publish, read_json, stage, write_json, write_text_atomic
 from guidetune.errors import BadInput, RunFailed
 from guidetune.progress import say
@@ -80,6 +82,24 @@ def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
     return compare(load(Path(world.__file__).parent / "demo.yaml", limit), list(DEFAULT_ARMS), Path(out))
 
 
+def _recorded(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the index of runs how the run ended that `execute` began in the folder `out`, whatever the way."""
+
+    @functools.wraps(execute)
+    def run(*args: Any, **options: Any) -> Any:
+        out = Path(inspect.signature(execute).bind(*args, **options).arguments["out"])
+        try:
+            done = execute(*args, **options)
+        except BaseException as error:
+            runs.ended(out, error)
+            raise
+        runs.ended(out)
+        return done
+
+    return run
+
+
+@_recorded
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
     threads.settle()
     began = time.monotonic()
@@ -89,6 +109,8 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, s
     job.check(arms)
     job.plan_memory(arms)
     group.once(lambda: write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml()))
+    if group.main:
+        runs.started(out, kind, recipe.name)
     results = job.opening()
     failed: list[str] = []
     job.guide_first(arms)
@@ -775,6 +797,7 @@ def guide(recipe: Recipe, out: Path | None = None, export: Path | None = None) -
     return "\n".join(lines)
 
 
+@_recorded
 def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     """Score any model on the tasks of an evaluation section; results.json and the items go to `out`."""
     threads.settle()
@@ -788,6 +811,8 @@ def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     settings = _eval_settings(section, 0)
     planned = plan([*section.task, *section.general], settings, Path.cwd())
     group = _group()
+    if group.main:
+        runs.started(out, "eval", out.name)
     handle = group.agreed(lambda: open_handle(source, device=group.loading_device))
     group.place(handle.model)
     results = evaluate(handle, planned, out, settings, Path.cwd())
