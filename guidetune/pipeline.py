@@ -99,6 +99,26 @@ def _recorded(execute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _tracked(work: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Show the recipe's trackers the numbers of an arm while it is worked on; rank 0 alone."""
+
+    @functools.wraps(work)
+    def arm(self: _Job, name: str, arm: Recipe, repeat: int = 0) -> dict[str, Any]:
+        if not self.recipe.track or not _group().main:
+            return work(self, name, arm, repeat)
+        from guidetune.tracking import flatten, measures, tracked
+
+        config = flatten(arm.model_dump(mode="json", exclude={"arms", "track"}))
+        label = f"{name}/seed-{repeat}" if repeat else name
+        metrics = self.place(name, repeat) / "metrics.jsonl"
+        with tracked(self.recipe.track, self.recipe.name, label, self.out, metrics, config) as results:
+            entry = work(self, name, arm, repeat)
+            results.update(measures(entry, self.guidance))
+        return entry
+
+    return arm
+
+
 @_recorded
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, seeds: int) -> Path:
     threads.settle()
@@ -200,6 +220,10 @@ class _Job:
                 problems.extend(p for p in error.problems if p not in problems)
                 return None
 
+        if self.recipe.track:
+            from guidetune.tracking import check
+
+            attempt(lambda: check(self.recipe.track))
         self.pair = attempt(lambda: _group().once(lambda: self._check_pair(arms))) or {}
         for arm in arms.values():
             if arm.evaluate is not None:
@@ -685,10 +709,15 @@ class _Job:
 
     # -- an arm -------------------------------------------------------------------------------------------------------
 
+    def place(self, name: str, repeat: int = 0) -> Path:
+        """The folder of an arm, or of its repetition with another seed."""
+        own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
+        return own / "seeds" / str(repeat) if repeat else own
+
+    @_tracked
     def arm(self, name: str, arm: Recipe, repeat: int = 0) -> dict[str, Any]:
         """One arm through its stages; `repeat` > 0 is the same arm with another seed."""
-        own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
-        folder = own / "seeds" / str(repeat) if repeat else own
+        folder = self.place(name, repeat)
         say(
             f"arm {name}" + (f", seed {arm.tune.seed}" if repeat and arm.tune else "") + (f": {arm.description}" if arm.description else "")
         )

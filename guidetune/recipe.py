@@ -194,6 +194,7 @@ Operation = _method_field("operation")
 Params = _method_field("params", default="lora")
 TokenWeights = _method_field("token_weights")
 Task = _method_field("task")
+Tracker = _method_field("tracker")
 Source = Annotated[SourceSpec, BeforeValidator(_build_source)]
 ModelName = Annotated[str, BeforeValidator(_place_model), Field(min_length=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -314,6 +315,7 @@ class Recipe(Section):
     evaluate: Evaluate | None = Field(None, description="Evaluation; null: none.")
     arms: dict[str, dict[str, Any]] = Field({}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`.")
     seed: int = Field(42, ge=0, description="Every random draw derives from it.")
+    track: list[Tracker] = Field([], description="Trackers that are shown the run's numbers (kind tracker); docs/tracking.md.")
     max_memory: str | None = Field(
         None,
         pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",

@@ -30,6 +30,7 @@ KINDS: dict[str, str] = {
     "params": "guidetune.params",
     "token_weights": "guidetune.objectives.token_weights",
     "task": "guidetune.evaluation.tasks",
+    "tracker": "guidetune.tracking",
 }
 
 
