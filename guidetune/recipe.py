@@ -111,6 +111,8 @@ def _place_paths(model: BaseModel, root: Path) -> tuple[BaseModel, list[dict[str
         path, reasons = _find(str(value), root)
         faults += [_fault((name,), why, str(value)) for why in reasons]
         updates[name] = path if isinstance(value, str) else Path(path)
+    if isinstance(folder := getattr(model, "folder", None), str):
+        updates["folder"] = _beside_recipe(folder, root)
     if (teacher := getattr(model, "teacher", None)) is not None and teacher not in PAIR:
         updates["teacher"] = _beside_recipe(teacher, root)
     return (model.model_copy(update=updates) if updates else model), faults
@@ -578,6 +580,8 @@ def evaluation(tasks: Iterable[str], data: Path | None = None, overrides: Iterab
         cls = registry.get("task", spec["method"]) if spec.get("method") in registry.names("task") else None
         if data is not None and cls is not None and "path" in cls.model_fields and "path" not in spec:
             spec["path"] = str(_file_for(spec["method"], data))
+        if data is not None and cls is not None and "folder" in cls.model_fields:
+            spec.setdefault("folder", str(data))
     tree: dict[str, Any] = {"task": specs}
     origins = _Origins("--tasks")
     for override in overrides:
@@ -618,6 +622,10 @@ def _task_spec(text: str, problems: list[str]) -> dict[str, Any]:
     spec: dict[str, Any] = {"method": name.strip()}
     for option in rest.split(",") if rest else []:
         key, equals, given = option.partition("=")
+        word = getattr(registry.get("task", name), "shorthand", None) if name in registry.names("task") else None
+        if not equals and word is not None and word not in spec:
+            spec[word] = option.strip()
+            continue
         value, faults = _value(given)
         if not equals or faults:
             problems.append(f"--tasks {text}: write an option as name:key=value,key=value or the task as {{method: {name}, key: value}}")
@@ -772,7 +780,11 @@ def _from_here(key: str | int, value: Any) -> Any:
         return {k: _from_here(k, v) for k, v in value.items()}
     if isinstance(value, list):
         return [_from_here(key, v) for v in value]
-    if isinstance(value, str) and value and (key in ("path", "base", "instruct", "into", "teacher") or str(key).endswith("_path")):
+    if (
+        isinstance(value, str)
+        and value
+        and (key in ("path", "folder", "base", "instruct", "into", "teacher") or str(key).endswith("_path"))
+    ):
         try:
             here = Path(value).expanduser().resolve()
             return str(here) if here.exists() else value
