@@ -424,7 +424,7 @@ def _nll_rows(handle: ModelHandle, task: Task, item: Item, context: int | None) 
 
 
 def _own(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
-    for item, output in planned.task.answer(handle, store.open_items(planned.items), settings):
+    for item, output in planned.task.respond(handle, store.open_items(planned.items), settings):
         _expect_numbers([*(output.loglik or ()), *([] if output.nll is None else [output.nll])], item)
         store.add(item, output)
         bar.advance(1)

@@ -5,7 +5,7 @@ A task is one file in `guidetune/evaluation/tasks/` with one class. Its `mode` s
     generate   the model continues the chat prompt of `item.messages`; `score` reads `output.text`
     loglik     the model rates every one of `item.choices`; `score` reads `output.loglik`
     nll        the model rates the tokens of the item itself; `score` reads `output.nll` and `output.tokens`
-    own        the task asks the model itself (`answer`); `score` reads what it gave
+    own        the task asks the model itself (`respond`); `score` reads what it gave
 
 The chat template is always the model's own. Items with `text` instead of messages are put to the model as plain text.
 """
@@ -125,9 +125,9 @@ class Task(Method):
         """Judgement of one output: `correct` (0, 1 or between), other numbers (averaged into metrics) and text (kept beside the item)."""
         raise TypeError(f"task {type(self).__name__} does not define score()")
 
-    def answer(self, handle: ModelHandle, items: Sequence[Item], settings: EvalSettings) -> Iterator[tuple[Item, Output]]:
+    def respond(self, handle: ModelHandle, items: Sequence[Item], settings: EvalSettings) -> Iterator[tuple[Item, Output]]:
         """What a model gives for each item, in any order; only for mode `own`."""
-        raise TypeError(f"task {type(self).__name__} does not define answer()")
+        raise TypeError(f"task {type(self).__name__} does not define respond()")
 
     def outside(self) -> Any:
         """What decides the results of an `own` task besides items, options and this package's code: part of its key."""

@@ -143,7 +143,7 @@ class LmEval(Task):
             object.__setattr__(self, "best_by", fit[0])
         self._better = bool(first.higher_is_better().get(self.metric, True))
 
-    def answer(self, handle: ModelHandle, items: Sequence[Item], settings: EvalSettings) -> Iterator[tuple[Item, Output]]:
+    def respond(self, handle: ModelHandle, items: Sequence[Item], settings: EvalSettings) -> Iterator[tuple[Item, Output]]:
         from guidetune.engine.distributed import current
         from guidetune.evaluation import harness
 
