@@ -21,7 +21,7 @@ class WandB(Tracker):
 
     Nothing leaves the machine unless `mode: online` asks for it. The program's output, its code, git state and error reports are never
     sent. Offline runs lie in `tracking/wandb/` of the run's folder; a run that is continued offline is a second folder there with the same
-    run id, which `wandb sync --append` joins.
+    run id, which `wandb sync` joins.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("wandb",)
