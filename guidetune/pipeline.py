@@ -103,16 +103,16 @@ def _tracked(work: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
     """Show the recipe's trackers the numbers of an arm while it is worked on; rank 0 alone."""
 
     @functools.wraps(work)
-    def arm(self: _Job, name: str, arm: Recipe, repeat: int = 0) -> dict[str, Any]:
+    def arm(self: _Job, name: str, arm: Recipe, repeat: int = 0, **options: Any) -> dict[str, Any]:
         if not self.recipe.track or not _group().main:
-            return work(self, name, arm, repeat)
+            return work(self, name, arm, repeat, **options)
         from guidetune.tracking import flatten, measures, tracked
 
         config = flatten(arm.model_dump(mode="json", exclude={"arms", "track"}))
         label = f"{name}/seed-{repeat}" if repeat else name
         metrics = self.place(name, repeat) / "metrics.jsonl"
         with tracked(self.recipe.track, self.recipe.name, label, self.out, metrics, config) as results:
-            entry = work(self, name, arm, repeat)
+            entry = work(self, name, arm, repeat, **options)
             results.update(measures(entry, self.guidance))
         return entry
 

@@ -428,6 +428,7 @@ def _own(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _
         _expect_numbers([*(output.loglik or ()), *([] if output.nll is None else [output.nll])], item)
         store.add(item, output)
         bar.advance(1)
+    current().exchange(None)  # rank 0 reads what all have written
 
 
 def _expect_numbers(values: Iterable[float], item: Item) -> None:
