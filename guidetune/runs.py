@@ -105,15 +105,15 @@ def ended(folder: Path, error: BaseException | None = None) -> None:
         write_json(folder / MARK, {**mark, "status": status, "ended": time.time(), "error": text})
         remember(folder)
 
-    _gently(note)
+    _gently(note, level=1)  # `started` has said it
 
 
-def _gently(work: Callable[[], None]) -> None:
+def _gently(work: Callable[[], None], level: int = 0) -> None:
     try:
         work()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        say(f"note: this run could not be entered in the index of runs ({reason}); `guidetune runs scan DIR` finds it later")
+        say(f"note: this run could not be entered in the index of runs ({reason}); `guidetune runs scan DIR` finds it later", level)
 
 
 def remember(folder: Path) -> None:
@@ -365,8 +365,7 @@ def _row(text: str) -> Run | None:
 def every() -> list[Run]:
     """All runs of the index, each as its folder stands now: changed folders are read again, vanished ones are `gone`.
 
-    Raises:
-        BadInput: the index can be neither read nor made.
+    Where the index can be neither read nor made, the folders in which runs have been seen are looked through instead, and `runs`.
     """
 
     def read(index: sqlite3.Connection) -> list[Run]:
@@ -387,14 +386,12 @@ def every() -> list[Run]:
                 found.append(known)
         return found
 
-    return _reading(read)
-
-
-def _reading(work: Callable[[sqlite3.Connection], Result]) -> Result:
     try:
-        return _with_index(work)
+        return _with_index(read)
     except (sqlite3.Error, OSError) as error:
-        raise BadInput(f"the index of runs {_file()} cannot be used: {error}; set {HOME} to a folder that can be written to") from None
+        say(f"note: the index of runs cannot be used ({error}); its folders are looked through instead")
+    folders = dict.fromkeys(folder for place in [*_places(), Path("runs")] for folder in find(place, 1))
+    return [run for folder in folders if (run := describe(folder)) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,7 +432,10 @@ def scan(folders: Sequence[Path]) -> list[Run]:
         gone = [folder for (folder,) in index.execute("SELECT folder FROM runs").fetchall() if describe(Path(folder)) is None]
         index.executemany("DELETE FROM runs WHERE folder = ?", [(folder,) for folder in gone])
 
-    _reading(enter)
+    try:
+        _with_index(enter)
+    except (sqlite3.Error, OSError) as error:
+        raise BadInput(f"the index of runs {_file()} cannot be written: {error}; set {HOME} to a folder that can be") from None
     return found
 
 

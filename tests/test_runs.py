@@ -117,11 +117,16 @@ def test_no_fault_of_the_index_reaches_a_run(tmp_path: Path, monkeypatch: pytest
     folder = write_run(tmp_path / "a", [1])
     runs.started(folder, "run", "a")
     runs.ended(folder)
-    assert "could not be entered in the index" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("could not be entered in the index") == 1
     assert runs.describe(folder).status == "ok"  # type: ignore[union-attr]
     runs.started(tmp_path / "file" / "no" / "folder", "run", "b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "b").rename(tmp_path / "runs" / "a")
+    assert [run.name for run in runs.every()] == ["a"] and "cannot be used" in capsys.readouterr().err, "found without an index"
     with pytest.raises(BadInput, match=runs.HOME):
-        runs.every()
+        runs.scan([tmp_path])
 
 
 def test_many_processes_at_once_lose_nothing(tmp_path: Path) -> None:
