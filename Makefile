@@ -6,12 +6,13 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow lint docs bench-train clean
+.PHONY: help setup setup-dev demo test test-slow test-extras lint docs bench-train clean
 
 help:
 	@echo "make demo       compare instruct, sft, graft and gift on the embedded pair; prints a table and the report's path"
 	@echo "make test       the quick test suite"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-extras  the tests of lm-eval and the trackers, with the packages they need (300 MB)"
 	@echo "make lint       ruff"
 	@echo "make setup      .venv with the locked requirements and guidetune (demo and test do this themselves)"
 	@echo "make docs       write the generated pages of docs/ again"
@@ -31,6 +32,10 @@ test: setup-dev
 
 test-slow: setup-dev
 	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: there is none
+
+test-extras: setup-dev
+	@$(PY) tools/setup.py --dev --extras
+	$(PYTEST) tests/tracking tests/evaluation/test_lm_eval.py tests/evaluation/test_against_lm_eval.py
 
 lint: setup-dev
 	$(PY) -m ruff check .

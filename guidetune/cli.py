@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 world_app = typer.Typer(help="The embedded world: a small base/instruct pair and its tasks.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(world_app, name="world")
+runs_app = typer.Typer(help="What was run here, and how it ended.", rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
 
 SHARED_VERBS = ("run", "compare", "demo", "guide", "evaluate")  # functions whose work several processes share
 PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that has failed
@@ -479,6 +481,155 @@ def doctor(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The index of runs
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, id or name.", show_default=False)]
+Statuses = Annotated[
+    list[str] | None, typer.Option("--status", metavar="S", help="Only running, ok, failed, interrupted, unknown or gone. May be repeated.")
+]
+
+
+@runs_app.callback(invoke_without_command=True)
+def _runs(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        runs_list()
+
+
+@runs_app.command("list")
+@verb
+def runs_list(
+    status: Statuses = None,
+    kind: Annotated[list[str] | None, typer.Option("--kind", metavar="K", help="Only run, compare or eval. May be repeated.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="PATTERN", help="Only names like this, with * and ?.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="TEXT", help="Only runs of models with this in their name.")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", metavar="ARM", help="Only runs with results of this arm.")] = None,
+    since: Annotated[str | None, typer.Option("--since", metavar="WHEN", help="Only runs begun since a date, or within e.g. 7d.")] = None,
+    sort: Annotated[
+        str, typer.Option("--sort", metavar="KEY", help="started, seconds, name, kind, status, task, general or folder.")
+    ] = "started",
+    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most N runs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """List the runs of this machine, newest first."""
+    from guidetune import runs
+
+    options: dict[str, Any] = {"name": name, "model": model, "arm": arm, "since": since, "sort": sort, "reverse": reverse, "limit": limit}
+    found = runs.select(runs.every(), status=status or (), kind=kind or (), **options)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps([{"id": run.id, **asdict(run)} for run in found], indent=1, ensure_ascii=False))
+        return
+    _print(_runs_table(found) if found else "no such runs; `guidetune runs scan DIR` looks for run folders")
+
+
+@runs_app.command("show")
+@verb
+def runs_show(name: RunName) -> None:
+    """A run's state, models, scores and files."""
+    from guidetune import runs
+    from guidetune.artefacts import read_json
+    from guidetune.report import numbers
+
+    run = runs.pick(name)
+    facts = {
+        "id": run.id,
+        "folder": run.folder,
+        "kind": run.kind,
+        "status": run.status + (f": {run.error}" if run.error else ""),
+        "started": _moment(run.started),
+        "took": numbers.duration(run.seconds),
+        "base": run.base,
+        "instruct": run.instruct,
+    }
+    print("\n".join(f"{key:<9} {value}" for key, value in facts.items() if value is not None))
+    folder = Path(run.folder)
+    if (folder / "results.json").is_file():
+        results = read_json(folder / "results.json")
+        if "tasks" in results:
+            _print(_score_table(results["tasks"]))
+        else:
+            from guidetune.report.tables import arms_table
+
+            _print(arms_table(results))
+    for file in ("report.html", "recipe.yaml", "results.json"):
+        if (folder / file).is_file():
+            print(f"{file:<13} {folder / file}")
+
+
+@runs_app.command("diff")
+@verb
+def runs_diff(
+    a: RunName,
+    b: RunName,
+    arms: Annotated[str | None, typer.Option("--arms", metavar="A,B", help="This arm of the first against that of the second.")] = None,
+) -> None:
+    """Compare two runs: recipes and scores.
+
+    Shows the keys that differ, and every task's scores side by side, with paired tests where the items are the same.
+    """
+    from guidetune import runs
+
+    named = tuple(part.strip() for part in arms.split(",")) if arms else None
+    if named is not None and len(named) != 2:
+        raise BadInput(f"runs diff --arms {arms}: name two arms, as gift,sft")
+    found = runs.diff(runs.pick(a), runs.pick(b), named)  # type: ignore[arg-type]
+    for line in _difference(found):
+        _print(line)
+
+
+@runs_app.command("delete")
+@verb
+def runs_delete(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders, ids or names.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete runs, after asking.
+
+    What guidetune did not write stays, and so does its folder then. Links are never followed.
+    """
+    from guidetune import runs
+
+    chosen = list({run.folder: run for run in map(runs.pick, names)}.values())
+    for run in chosen:
+        if run.status != "gone":
+            runs.deletable(run)  # everything that can be refused is, before anything is deleted
+        print(f"{run.id}  {run.status:<12} {run.name:<20} {run.folder}")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise BadInput("runs delete: nobody is there to ask; give --yes to delete these")
+        if input(f"Delete {'this run' if len(chosen) == 1 else f'these {len(chosen)} runs'} for good? [y/N] ").strip().lower() not in (
+            "y",
+            "yes",
+        ):
+            print("nothing was deleted")
+            return
+    for run in chosen:
+        left = runs.delete(run)
+        print(f"deleted {run.folder}" + (f", but for {', '.join(path.name for path in left)}" if left else ""))
+
+
+@runs_app.command("scan")
+@verb
+def runs_scan(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="DIR...", help="Where to look; default: runs.", show_default=False)
+    ] = None,
+) -> None:
+    """Index the runs below a folder.
+
+    Entries whose folders are gone are forgotten.
+    """
+    from guidetune import runs
+
+    found = runs.scan(folders or [Path("runs")])
+    _print(_runs_table(runs.select(found)) if found else None)
+    print(f"{len(found)} run{'s' * (len(found) != 1)} found")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What there is
 
 
@@ -659,6 +810,75 @@ def _method_page(cls: Any) -> Any:
     for row in reference.options(cls):
         table.add_row(*map(Text, row))
     return Group(*parts, table if cls.model_fields else Text("no options"), Text())
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _runs_table(found: list[Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from guidetune.report import numbers
+
+    table = Table("id", "name", "kind", "status", "started", "took", "best arm", "task", "general", "folder", box=None, pad_edge=False)
+    table.header_style = "bold"
+    colours = {"ok": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
+    for run in found:
+        state = Text(run.status, style=colours.get(run.status, "dim"))
+        values = [numbers.score(run.score(group)) for group in ("task", "general")]
+        took = numbers.duration(run.seconds)
+        # ids and folders are there to be copied: never cut
+        table.add_row(
+            run.id, Text(run.name), run.kind, state, _moment(run.started), took, run.best or "", *values, Text(_short_path(run.folder))
+        )
+    for column in table.columns:
+        column.no_wrap = column.header != "folder"
+        column.overflow = "fold"
+    return table
+
+
+def _short_path(folder: str) -> str:
+    """Relative to the current folder where it lies below it."""
+    try:
+        return str(Path(folder).relative_to(Path.cwd()))
+    except ValueError:
+        return folder
+
+
+def _difference(found: Any) -> list[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    from guidetune.report import numbers
+
+    def told(value: Any) -> Text:
+        return Text("–", style="dim") if value is ... else Text(str(value))
+
+    lines: list[Any] = [f"a: {found.a.id} {found.a.name}  {found.a.folder}", f"b: {found.b.id} {found.b.name}  {found.b.folder}", ""]
+    if found.keys:
+        keys = Table("recipe", "a", "b", box=None, pad_edge=False, header_style="bold")
+        for key, x, y in found.keys:
+            keys.add_row(Text(key), told(x), told(y))
+        lines += [keys, ""]
+    else:
+        lines += ["the recipes are the same", ""]
+    if not found.pairs:
+        return [*lines, "no arm has results in both; name two with --arms A,B"]
+    table = Table("arm", "group", "task", "a", "b", "a - b", "95 % interval", "p", "only a/only b right", box=None, pad_edge=False)
+    table.header_style = "bold"
+    for pair in found.pairs:
+        arm = pair.arms[0] if pair.arms[0] == pair.arms[1] else " / ".join(pair.arms)
+        x, y = (numbers.score(one["score"]) if one is not None else "–" for one in (pair.a, pair.b))
+        test = pair.test
+        if test is None:
+            table.add_row(arm, pair.group, Text(pair.task), x, y, Text(pair.why, style="dim"))
+            continue
+        p = f"{numbers.p_value(test['p'])} {numbers.stars(test['p'])}".strip()
+        changed = f"{test['gained']}/{test['lost']}"
+        table.add_row(arm, pair.group, Text(pair.task), x, y, numbers.signed(test["diff"]), numbers.interval(test["ci"]), p, changed)
+    return [*lines, table, "paired tests on the same items, uncorrected: * p<.05 ** p<.01 *** p<.001"]
 
 
 def _score_table(results: dict[str, Any]) -> Any:

@@ -6,6 +6,8 @@ killed run continues by being started again, and the arms of a comparison share 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guidetune import threads
+from guidetune import runs, threads
 from guidetune.artefacts import (
     StageResult,
     copied,
@@ -128,6 +130,44 @@ def demo(out: Path = Path("runs/demo"), max_memory: str | None = None) -> Path:
     return compare(load(Path(world.__file__).parent / "demo.yaml", limit), list(DEFAULT_ARMS), Path(out))
 
 
+def _recorded(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the index of runs how the run ended that `execute` began in the folder `out`, whatever the way."""
+
+    @functools.wraps(execute)
+    def run(*args: Any, **options: Any) -> Any:
+        out = Path(inspect.signature(execute).bind(*args, **options).arguments["out"])
+        try:
+            done = execute(*args, **options)
+        except BaseException as error:
+            runs.ended(out, error)
+            raise
+        runs.ended(out)
+        return done
+
+    return run
+
+
+def _tracked(work: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Show the recipe's trackers the numbers of an arm while it is worked on; rank 0 alone."""
+
+    @functools.wraps(work)
+    def arm(self: _Job, name: str, arm: Recipe, repeat: int = 0, **options: Any) -> dict[str, Any]:
+        if not self.recipe.track or not _group().main:
+            return work(self, name, arm, repeat, **options)
+        from guidetune.tracking import flatten, measures, tracked
+
+        config = flatten(arm.model_dump(mode="json", exclude={"arms", "track"}))
+        label = f"{name}/seed-{repeat}" if repeat else name
+        metrics = self.place(name, repeat) / "metrics.jsonl"
+        with tracked(self.recipe.track, self.recipe.name, label, self.out, metrics, config) as results:
+            entry = work(self, name, arm, repeat, **options)
+            results.update(measures(entry, self.guidance))
+        return entry
+
+    return arm
+
+
+@_recorded
 def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, how: _How) -> Path:
     from guidetune.comparison import budget, contrasts
 
@@ -144,6 +184,8 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, h
     if unequal and not how.unequal_budget and kind == "compare":
         raise BadInput([*unequal, "a comparison of such arms says little; make them equal, or allow it with --unequal-budget"])
     group.once(lambda: write_text_atomic(out / "recipe.yaml", recipe.resolved_yaml()))
+    if group.main:
+        runs.started(out, kind, recipe.name)
     results = job.opening()
     results |= {"budget": {name: spent.as_dict() for name, spent in budgets.items()}, "budget_equal": not unequal}
     failed: list[str] = []
@@ -344,6 +386,10 @@ class _Job:
                 problems.extend(p for p in error.problems if p not in problems)
                 return None
 
+        if self.recipe.track:
+            from guidetune.tracking import check
+
+            attempt(lambda: check(self.recipe.track))
         self.pair = attempt(lambda: _group().once(lambda: self._check_pair(arms))) or {}
         for arm in arms.values():
             if arm.evaluate is not None:
@@ -875,10 +921,15 @@ class _Job:
 
     # -- an arm -------------------------------------------------------------------------------------------------------
 
+    def place(self, name: str, repeat: int = 0) -> Path:
+        """The folder of an arm, or of its repetition with another seed."""
+        own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
+        return own / "seeds" / str(repeat) if repeat else own
+
+    @_tracked
     def arm(self, name: str, arm: Recipe, repeat: int = 0, how: _How | None = None) -> dict[str, Any]:
         """One arm through its stages; `repeat` > 0 is the same arm with another seed. A sweep over scales adds `scales` to its results."""
-        own = self.out if self.kind == "run" and name != REFERENCE else self.out / "arms" / name
-        folder = own / "seeds" / str(repeat) if repeat else own
+        folder = self.place(name, repeat)
         say(
             f"arm {name}" + (f", seed {arm.tune.seed}" if repeat and arm.tune else "") + (f": {arm.description}" if arm.description else "")
         )
@@ -1123,6 +1174,7 @@ def guide(recipe: Recipe, out: Path | None = None, export: Path | None = None) -
     return "\n".join(lines)
 
 
+@_recorded
 def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     """Score any model on the tasks of an evaluation section; results.json and the items go to `out`."""
     threads.settle()
@@ -1136,6 +1188,8 @@ def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     settings = _eval_settings(section, 0)
     planned = plan([*section.task, *section.general], settings, Path.cwd())
     group = _group()
+    if group.main:
+        runs.started(out, "eval", out.name)
     handle = group.agreed(lambda: open_handle(source, device=group.loading_device))
     group.place(handle.model)
     results = evaluate(handle, planned, out, settings, Path.cwd())

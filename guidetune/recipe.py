@@ -113,6 +113,8 @@ def _place_paths(model: BaseModel, root: Path) -> tuple[BaseModel, list[dict[str
         path, reasons = _find(str(value), root)
         faults += [_fault((name,), why, str(value)) for why in reasons]
         updates[name] = path if isinstance(value, str) else Path(path)
+    if isinstance(folder := getattr(model, "folder", None), str):
+        updates["folder"] = _beside_recipe(folder, root)
     if (teacher := getattr(model, "teacher", None)) is not None and teacher not in PAIR:
         updates["teacher"] = _beside_recipe(teacher, root)
     return (model.model_copy(update=updates) if updates else model), faults
@@ -196,6 +198,7 @@ Operation = _method_field("operation")
 Params = _method_field("params", default="lora")
 TokenWeights = _method_field("token_weights")
 Task = _method_field("task")
+Tracker = _method_field("tracker")
 Source = Annotated[SourceSpec, BeforeValidator(_build_source)]
 ModelName = Annotated[str, BeforeValidator(_place_model), Field(min_length=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -332,6 +335,7 @@ class Recipe(Section):
         {}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`; `from` and `grid`: docs/compare.md."
     )
     seed: int = Field(42, ge=0, description="Every random draw derives from it.")
+    track: list[Tracker] = Field([], description="Trackers that are shown the run's numbers (kind tracker); docs/tracking.md.")
     max_memory: str | None = Field(
         None,
         pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",
@@ -732,6 +736,8 @@ def evaluation(tasks: Iterable[str], data: Path | None = None, overrides: Iterab
         cls = registry.get("task", spec["method"]) if spec.get("method") in registry.names("task") else None
         if data is not None and cls is not None and "path" in cls.model_fields and "path" not in spec:
             spec["path"] = str(_file_for(spec["method"], data))
+        if data is not None and cls is not None and "folder" in cls.model_fields:
+            spec.setdefault("folder", str(data))
     tree: dict[str, Any] = {"task": specs}
     origins = _Origins("--tasks")
     for override in overrides:
@@ -772,6 +778,10 @@ def _task_spec(text: str, problems: list[str]) -> dict[str, Any]:
     spec: dict[str, Any] = {"method": name.strip()}
     for option in rest.split(",") if rest else []:
         key, equals, given = option.partition("=")
+        word = getattr(registry.get("task", name), "shorthand", None) if name in registry.names("task") else None
+        if not equals and word is not None and word not in spec:
+            spec[word] = option.strip()
+            continue
         value, faults = _value(given)
         if not equals or faults:
             problems.append(f"--tasks {text}: write an option as name:key=value,key=value or the task as {{method: {name}, key: value}}")
@@ -926,7 +936,11 @@ def _from_here(key: str | int, value: Any) -> Any:
         return {k: _from_here(k, v) for k, v in value.items()}
     if isinstance(value, list):
         return [_from_here(key, v) for v in value]
-    if isinstance(value, str) and value and (key in ("path", "base", "instruct", "into", "teacher") or str(key).endswith("_path")):
+    if (
+        isinstance(value, str)
+        and value
+        and (key in ("path", "folder", "base", "instruct", "into", "teacher") or str(key).endswith("_path"))
+    ):
         try:
             here = Path(value).expanduser().resolve()
             return str(here) if here.exists() else value

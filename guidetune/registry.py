@@ -31,6 +31,7 @@ KINDS: dict[str, str] = {
     "token_weights": "guidetune.objectives.token_weights",
     "task": "guidetune.evaluation.tasks",
     "weightspace": "guidetune.weightspace.presets",
+    "tracker": "guidetune.tracking",
 }
 
 

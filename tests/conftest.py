@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+
+# The tests' runs go to an index of their own, also those of commands that they start.
+os.environ["GUIDETUNE_HOME"] = tempfile.mkdtemp(prefix="guidetune-home-")
+atexit.register(shutil.rmtree, os.environ["GUIDETUNE_HOME"], ignore_errors=True)
 
 # The suite is the same on every run; `HYPOTHESIS_PROFILE=explore` looks for new counter-examples instead.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)

@@ -17,7 +17,7 @@ import pytest
 from guidetune import cli, registry
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ["demo", "run", "compare", "data", "guide", "report", "merge", "eval", "chat", "doctor", "methods", "world"]
+VERBS = ["demo", "run", "compare", "claims", "data", "guide", "report", "merge", "eval", "chat", "doctor", "runs", "methods", "world"]
 
 
 def guidetune(*arguments: str, cwd: Path | None = None, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,9 @@ def test_reading_a_recipe_imports_no_tensors() -> None:
     assert loaded_by("import guidetune.recipe") <= {"pydantic", "yaml"}
 
 
-@pytest.mark.parametrize("verb", [[v] for v in VERBS] + [["world", v] for v in ("build", "export", "describe")], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [[v] for v in VERBS] + [["world", v] for v in ("build", "export", "describe")] + [["runs", "diff"]], ids=" ".join
+)
 def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*verb, "--help"])

@@ -4,6 +4,7 @@ Standard library only, and readable by old interpreters, because it runs before 
 
     python3 tools/setup.py          what `make demo` needs
     python3 tools/setup.py --dev    also what `make test` needs
+    ... --dev --extras              also the optional packages that `make test-extras` needs
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 PYTHON = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin", "python.exe" if os.name == "nt" else "python")
-LOCKS = {"core": "requirements.lock", "dev": "requirements-dev.lock"}
+LOCKS = {"core": "requirements.lock", "dev": "requirements-dev.lock", "extras": "requirements-extras.lock"}
 
 
 def stop(message):
@@ -86,8 +87,9 @@ def main(arguments):
         )
     make_venv()
     install("core")
-    if "--dev" in arguments:
-        install("dev")
+    for part in ("dev", "extras"):
+        if "--" + part in arguments:
+            install(part)
 
 
 if __name__ == "__main__":

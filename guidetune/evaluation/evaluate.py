@@ -185,6 +185,8 @@ def _run(
         "items": fingerprint([_content(item) for item in planned.items]),
         "seed": settings.seed,
     }
+    if task.mode == "own":
+        key |= {"new_tokens": task.max_new_tokens or settings.max_new_tokens, "outside": task.outside()}
     if task.mode == "generate":
         key |= {"new_tokens": new_tokens, "samples": samples, "temperature": settings.temperature}
         if settings.temperature > 0:
@@ -253,6 +255,7 @@ class _Store:
                 key = (row.pop("id"), row.pop("sample"))
                 row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
                 row["windows"] = tuple((nll, count) for nll, count in row["windows"])
+                row["responses"] = tuple(row["responses"])
                 self.done[key] = Output(**row)
 
     def add(self, item: Item, output: Output, sample: int = 0) -> None:
@@ -442,13 +445,21 @@ def _nll_rows(handle: ModelHandle, task: Task, item: Item, context: int | None) 
     yield encoded.input_ids, [place for place, target in enumerate(encoded.target) if target], cut
 
 
+def _own(handle: ModelHandle, planned: Planned, settings: EvalSettings, store: _Store, bar: Bar, **_: Any) -> None:
+    for item, output in planned.task.respond(handle, store.open_items(planned.items), settings):
+        _expect_numbers([*(output.loglik or ()), *([] if output.nll is None else [output.nll])], item)
+        store.add(item, output)
+        bar.advance(1)
+    current().exchange(None)  # rank 0 reads what all have written
+
+
 def _expect_numbers(values: Iterable[float], item: Item) -> None:
     if any(value != value for value in values):
         raise RunFailed(f"the model's log-probabilities on item {item.id} are not numbers (NaN): its weights are damaged")
 
 
 # How a model answers, by the task's mode.
-ANSWER: dict[str, Callable[..., None]] = {"generate": _generate, "loglik": _loglik, "nll": _nll}
+ANSWER: dict[str, Callable[..., None]] = {"generate": _generate, "loglik": _loglik, "nll": _nll, "own": _own}
 
 
 def read_items(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GROW = 64  # tokens of room added when the cache is full
 TURN_AT = 0.85  # finished rows leave, and waiting ones take their places, when the active share of the batch falls below this
+LOOK = 8  # steps between two questions to `until`
 # Tokens of prompts run at a time on a CPU, where larger products leave its cache.
 CPU_TOKENS = 2048
 TOO_LARGE = "a single row does not fit into the device's memory; use a smaller dtype, or lower max_new_tokens"
@@ -112,6 +113,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     context: int | None = None,
     tick: Callable[[int, int], None] | None = None,
+    until: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Yield `(index of the prompt, Completion)` as rows finish; prompts are taken longest first.
 
@@ -125,6 +127,8 @@ def generate(
         context: positions the model has. Prompts that leave no room for `max_new_tokens` keep at least half of it, and are cut
             from the middle to fit.
         tick: called with (rows just finished, tokens just generated).
+        until: asked of a row's new tokens now and then (every `LOOK` steps); True ends the row, which is then not `finished`. For what no
+            single token shows, such as a stop string.
 
     Raises:
         BadInput: an empty prompt, or sampling options out of range.
@@ -139,7 +143,7 @@ def generate(
     with evaluating(model):
         most = len(rows)
         while rows:
-            decoder = _Decoder(model, stop, sampling, tick)
+            decoder = _Decoder(model, stop, sampling, tick, until)
             done: set[int] = set()
             try:
                 for row, completion in decoder.run(rows, batch_tokens, most):
@@ -193,9 +197,15 @@ class _Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, stop: Sequence[int], sampling: Sampling | None, tick: Callable[[int, int], None] | None
+        self,
+        model: PreTrainedModel,
+        stop: Sequence[int],
+        sampling: Sampling | None,
+        tick: Callable[[int, int], None] | None,
+        until: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
-        self.model, self.sampling, self.tick = model, sampling, tick
+        self.model, self.sampling, self.tick, self.until = model, sampling, tick, until
+        self.steps = 0
         self.device = model.get_input_embeddings().weight.device
         self.stop = torch.tensor(sorted(set(stop)), dtype=torch.long, device=self.device)
         self.rows: list[PromptRow] = []
@@ -305,6 +315,10 @@ class _Decoder:
         self.tokens.scatter_(1, self.count[:, None], chosen[:, None])
         self.count = self.count + going
         closed = stopped | (going & (self.count == self.room))
+        self.steps += 1
+        if self.until is not None and self.steps % LOOK == 0:
+            for b in (going & ~closed).nonzero().squeeze(1).tolist():
+                closed[b] = self.until(self.tokens[b, : int(self.count[b])].tolist())
         self.open = self.open & ~closed
         added, finished = torch.stack([going.sum(), closed.sum()]).tolist()
         if self.tick is not None:

@@ -51,9 +51,9 @@ def numbers(verdict: Mapping[str, Any]) -> list[str]:
 def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed: int) -> dict[str, Any]:
     """The TaskResult of all lines; see `evaluate`."""
     values = [float(line["correct"]) for line in lines]
-    weights = [float(line["tokens"]) for line in lines] if task.mode == "nll" else None
+    weights = _weights(lines)
     metrics: dict[str, Any] = {}
-    skip = {"tokens", "nll", "cut", "correct"} if task.mode == "nll" else {"tokens", "cut"}
+    skip = {"tokens", "nll", "cut", "correct"} if weights is not None else {"tokens", "cut"}
     for key in numbers(lines[0]):
         if key not in skip:
             metrics[task.metric if key == "correct" else key] = sum(line[key] for line in lines) / len(lines)
@@ -76,6 +76,11 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         "metrics": {key: finite(value) for key, value in metrics.items()},
         "by": {key: groups for key in BREAKDOWNS if (groups := _by(task, lines, key))},
     }
+
+
+def _weights(lines: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Tokens, for results per token (lines with an `nll`); else every item counts the same."""
+    return [float(line["tokens"]) for line in lines] if "nll" in lines[0] else None
 
 
 def mean(values: Sequence[float], weights: Sequence[float] | None) -> float:
@@ -104,8 +109,7 @@ def _by(task: Task, lines: Sequence[Mapping[str, Any]], key: str) -> dict[str, d
     found = {}
     for name in sorted(groups, key=lambda text: (len(text), text) if text.isdigit() else (99, text)):
         values = [float(line["correct"]) for line in groups[name]]
-        weights = [float(line["tokens"]) for line in groups[name]] if task.mode == "nll" else None
-        found[name] = {"score": finite(task.scale(mean(values, weights))), "n": len(values)}
+        found[name] = {"score": finite(task.scale(mean(values, _weights(groups[name])))), "n": len(values)}
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,10 +70,13 @@ class _Bundle:
 
 
 class Scorer:
-    """Log-probabilities of target tokens under a causal language model, in fp32."""
+    """Log-probabilities of target tokens under a causal language model, in fp32.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    `greedy`: each comes as a pair with 1.0 where no other token is likelier, else 0.0.
+    """
+
+    def __init__(self, model: PreTrainedModel, greedy: bool = False) -> None:
+        self.model, self.greedy = model, greedy
         self.device = model.get_input_embeddings().weight.device
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         try:
@@ -169,13 +172,13 @@ class Scorer:
             return transform(z if head.bias is None else z + head.bias.float(), head)
 
     def log_probs(self, states: torch.Tensor, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """log softmax(z(states[rows]))[targets] in fp32 [N]; a state that predicts several targets goes through the head once.
+        """log softmax(z(states[rows]))[targets] in fp32 [N] ([N, 2] when `greedy`); a state of several targets meets the head once.
 
         states: [R, H] hidden states, or the model's logits [R, V] where the head is not rebuilt.
         """
         unique, of = np.unique(rows, return_inverse=True)
         order = np.argsort(of, kind="stable")
-        found = np.empty(len(rows), dtype=np.float32)
+        found = np.empty((len(rows), 2) if self.greedy else len(rows), dtype=np.float32)
         chunk = max(16, HEAD_ELEMENTS // max(1, self.vocabulary))
         for first in range(0, len(unique), chunk):
             part = states.index_select(0, torch.from_numpy(unique[first : first + chunk]).to(states.device))
@@ -183,7 +186,10 @@ class Scorer:
             pairs = order[np.searchsorted(of, first, sorter=order) : np.searchsorted(of, first + chunk, sorter=order)]
             row = torch.from_numpy(of[pairs] - first).to(logits.device)
             target = torch.from_numpy(targets[pairs]).to(logits.device)
-            found[pairs] = (logits[row, target] - logits.logsumexp(-1)[row]).cpu().numpy()
+            values = logits[row, target] - logits.logsumexp(-1)[row]
+            if self.greedy:
+                values = torch.stack([values, (logits[row, target] >= logits.amax(-1)[row]).to(values)], dim=-1)
+            found[pairs] = values.cpu().numpy()
         return found
 
     @torch.inference_mode()
@@ -222,14 +228,14 @@ class Scorer:
 
 
 def _score(
-    model: PreTrainedModel, bundles: list[_Bundle], batch_tokens: int, tick: Callable[[int, int], None] | None
-) -> list[list[list[float]]]:
+    model: PreTrainedModel, bundles: list[_Bundle], batch_tokens: int, tick: Callable[[int, int], None] | None, greedy: bool = False
+) -> list[list[list[Any]]]:
     """Longest first, in batches of `batch_tokens` tokens; the results in the order of `bundles`."""
-    scores: dict[int, list[list[float]]] = {}
+    scores: dict[int, list[list[Any]]] = {}
     if not bundles:
         return []
     with evaluating(model):
-        scorer = Scorer(model)
+        scorer = Scorer(model, greedy)
     with scorer.ready():
         if scorer.shares:
             headers = _find_headers(bundles)
@@ -346,6 +352,32 @@ def continuation_log_probs(
     Raises:
         BadInput: a continuation without a token, or without a token before it.
     """
+    return _rate(model, documents, batch_tokens, tick, greedy=False)
+
+
+def continuation_scores(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[Continuation]],
+    *,
+    batch_tokens: int = 16384,
+    tick: Callable[[int, int], None] | None = None,
+) -> list[list[tuple[float, bool]]]:
+    """Per document and continuation, its summed log-probability, and whether greedy decoding would give it token by token.
+
+    Raises:
+        BadInput: as `continuation_log_probs`, with which it shares everything else.
+    """
+    found = _rate(model, documents, batch_tokens, tick, greedy=True)
+    return [[(sum(value for value, _ in one), all(first for _, first in one)) for one in document] for document in found]
+
+
+def _rate(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[Continuation]],
+    batch_tokens: int,
+    tick: Callable[[int, int], None] | None,
+    greedy: bool,
+) -> list[list[list[Any]]]:
     bundles: list[_Bundle] = []
     owners: list[list[int]] = []  # the branch of each choice
     for number, document in enumerate(documents):
@@ -358,7 +390,7 @@ def continuation_log_probs(
         # Nothing in common is possible too: a tokeniser may merge across the border.
         limit = min(len(branch.ids) for branch in branches) - 1
         bundles.append(_Bundle(branches, len(commonprefix([branch.ids[:limit] for branch in branches]))))
-    scores = _score(model, bundles, batch_tokens, tick)
+    scores = _score(model, bundles, batch_tokens, tick, greedy)
     return [[branches[i] for i in owner] for branches, owner in zip(scores, owners, strict=True)]
 
 

@@ -5,6 +5,7 @@ A task is one file in `guidetune/evaluation/tasks/` with one class. Its `mode` s
     generate   the model continues the chat prompt of `item.messages`; `score` reads `output.text`
     loglik     the model rates every one of `item.choices`; `score` reads `output.loglik`
     nll        the model rates the tokens of the item itself; `score` reads `output.nll` and `output.tokens`
+    own        the task asks the model itself (`respond`); `score` reads what it gave
 
 The chat template is always the model's own. Items with `text` instead of messages are put to the model as plain text.
 """
@@ -24,6 +25,8 @@ from guidetune.registry import Method, nearest
 
 if TYPE_CHECKING:
     from guidetune.data.sources import SourceSpec
+    from guidetune.evaluation.evaluate import EvalSettings
+    from guidetune.models.handle import ModelHandle
 
 _HOLE = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
@@ -63,7 +66,7 @@ class Output:
     """What a model gave for one item. `loglik`: summed log-probability of each choice; `nll`: of the item's `tokens` targets, in nats.
 
     `windows` are the (nll, tokens) of the parts of a long text. `finished`: generation met a stop token; `cut`: tokens removed from
-    an item too long for the model.
+    an item too long for the model. `responses`: what an `own` task got, as JSON values.
     """
 
     text: str = ""
@@ -73,6 +76,7 @@ class Output:
     loglik: tuple[float, ...] | None = None
     nll: float | None = None
     windows: tuple[tuple[float, int], ...] = ()
+    responses: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,12 @@ class Task(Method):
     """Base of every task."""
 
     if TYPE_CHECKING:
-        mode: str  # "generate", "loglik" or "nll": a constant of the class, or an option
+        mode: str  # "generate", "loglik", "nll" or "own": a constant of the class, or an option
 
     metric: ClassVar[str] = "accuracy"  # name of the main score
     higher_is_better: ClassVar[bool] = True
     default_new_tokens: ClassVar[int] = 512
+    shorthand: ClassVar[str | None] = None  # the option that a bare word means on a command line: `lm_eval:hellaswag`
 
     label: str | None = Field(None, description="Name of the task in results (default: the method's name); unique in a run.")
     limit: PositiveInt | None = Field(None, description="At most this many items, drawn by the seed; the same ones for every model.")
@@ -119,6 +124,14 @@ class Task(Method):
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         """Judgement of one output: `correct` (0, 1 or between), other numbers (averaged into metrics) and text (kept beside the item)."""
         raise TypeError(f"task {type(self).__name__} does not define score()")
+
+    def respond(self, handle: ModelHandle, items: Sequence[Item], settings: EvalSettings) -> Iterator[tuple[Item, Output]]:
+        """What a model gives for each item, in any order; only for mode `own`."""
+        raise TypeError(f"task {type(self).__name__} does not define respond()")
+
+    def outside(self) -> Any:
+        """What decides the results of an `own` task besides items, options and this package's code: part of its key."""
+        return None
 
     def default_label(self) -> str:
         """What results are filed under when the user gives no label."""

@@ -103,6 +103,19 @@ def test_samples_depend_on_their_seed_and_not_on_the_batch(llama: Any) -> None:
     assert together != collect(model, jobs, sampling=sampling, seeds=[s + 1 for s in seeds])
 
 
+def test_a_row_ends_when_it_is_told_and_the_others_go_on(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "LOOK", 3)
+    model, prompts = llama(), [[7, 8, 9], [11, 12], [13, 14, 15, 16], [17, 18]]
+    full = dict(generate(model, prompts, max_new_tokens=20, stop=[], batch_tokens=60))
+    ends = set(full[1].tokens[:5])
+    cut = dict(generate(model, prompts, max_new_tokens=20, stop=[], batch_tokens=60, until=lambda tokens: bool(ends & set(tokens))))
+    for i in range(4):
+        place = next((k for k, token in enumerate(full[i].tokens) if token in ends), 20)
+        assert cut[i].tokens == full[i].tokens[: len(cut[i].tokens)], "what is generated does not change"
+        assert min(20, place + 1) <= len(cut[i].tokens) <= place + 3 and not cut[i].finished
+    assert len(cut[1].tokens) < 20
+
+
 def test_draws_follow_the_softmax() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0, 1.0]]).expand(20_000, -1)
     uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000

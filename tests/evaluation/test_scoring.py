@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guidetune.errors import BadInput
-from guidetune.evaluation.scoring import Continuation, Scorer, continuation_log_probs, rolling_windows, target_log_probs
+from guidetune.evaluation.generation import generate
+from guidetune.evaluation.scoring import (
+    Continuation,
+    Scorer,
+    continuation_log_probs,
+    continuation_scores,
+    rolling_windows,
+    target_log_probs,
+)
 from tests.tiny import ARCHITECTURES, tiny_model
 
 
@@ -150,6 +158,24 @@ def test_half_precision_weights_have_an_exact_head() -> None:
     scorer = Scorer(half)
     assert scorer.shares and scorer.head is not None and scorer.head.weight.dtype == torch.float32
     assert worst(continuation_log_probs(half, documents), tiny_model().to(torch.bfloat16).float(), documents) < 0.3
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_continuation_is_greedy_when_decoding_gives_it(llama: Any, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = llama(), Random(4)
+    if not shares:
+        monkeypatch.setattr(Scorer, "_check_sharing", lambda self: False)
+    prompts = [[draw.randrange(5, 400) for _ in range(draw.randint(3, 12))] for _ in range(5)]
+    answers = dict(generate(model, prompts, max_new_tokens=4, stop=[]))
+    documents = []
+    for i, prompt in enumerate(prompts):
+        right = answers[i].tokens
+        wrong = [(*right[:k], (right[k] + 1) % 400, *right[k + 1 :]) for k in range(4)]
+        documents.append([Continuation((*prompt, *tokens), len(prompt)) for tokens in (right, right[:1], *wrong)])
+    found = continuation_scores(model, documents)
+    assert [[greedy for _, greedy in document] for document in found] == [[True, True, False, False, False, False]] * 5
+    plain = continuation_log_probs(model, documents)
+    assert [[total for total, _ in document] for document in found] == [[sum(values) for values in document] for document in plain]
 
 
 def test_merged_tokens_at_the_border_are_scored_from_the_right_place(llama: Any) -> None:

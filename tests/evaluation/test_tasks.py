@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from guidetune.errors import BadInput
-from guidetune.evaluation.evaluate import EvalSettings, plan
+from guidetune.evaluation.evaluate import ANSWER, EvalSettings, plan
 from guidetune.evaluation.task import Item, Output, Task, TaskContext, column, fill
 from guidetune.registry import build, get, names
 
@@ -63,7 +63,7 @@ def test_every_task_is_documented() -> None:
     for name in names("task"):
         cls = get("task", name)
         assert issubclass(cls, Task) and cls.name == name and cls.summary
-        assert getattr(cls, "mode", None) in ("generate", "loglik", "nll") or "mode" in cls.model_fields
+        assert getattr(cls, "mode", None) in ANSWER or "mode" in cls.model_fields
         assert all(field.description for field in cls.model_fields.values()), name
 
 
