@@ -171,7 +171,9 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         store.remove()
         return {**summarise(task, lines, samples, settings.seed), "cost": {"tokens": tokens, "cut": cut}}
 
-    options = {key: value for key, value in task.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
+    # Files count by what is in them (the items), not by where they are.
+    places = {"label", "limit", "max_new_tokens", "path", "shots_path"}
+    options = {key: value for key, value in task.spec().items() if key not in places} | {"method": task.name}
     key: dict[str, Any] = {
         "stage": "evaluate",
         "code": code_version(type(task)),
@@ -194,7 +196,8 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
 
 
 def _content(item: Item) -> list[Any]:
-    return [item.id, [dict(message) for message in item.messages], item.text, item.reference, item.choices, dict(item.meta)]
+    content = [item.id, [dict(message) for message in item.messages], item.text, item.reference, item.choices, dict(item.meta)]
+    return [*content, item.contexts, _content(item.prior) if item.prior is not None else None]
 
 
 @cache
@@ -229,7 +232,7 @@ class _Store:
             for line in raw[: raw.rfind(b"\n") + 1].splitlines():
                 row = json.loads(line)
                 key = (row.pop("id"), row.pop("sample"))
-                row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
+                row |= {name: tuple(row[name]) for name in ("loglik", "prior_loglik") if row[name] is not None}
                 row["windows"] = tuple((nll, count) for nll, count in row["windows"])
                 self.done[key] = Output(**row)
 
@@ -299,12 +302,15 @@ def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, store
 
     context = context_length(handle.model)
     for items in _slices(store.open_items(planned.items)):
-        documents, cuts = _fit(_continuations(handle, items), context)
+        priors = [item.prior for item in items if item.prior is not None]
+        documents, cuts = _fit(_continuations(handle, [*items, *priors]), context)
         scores = continuation_log_probs(handle.model, documents, batch_tokens=settings.batch_tokens, tick=lambda rows, _: bar.advance(rows))
-        for item, choices, cut in zip(items, scores, cuts, strict=True):
-            loglik = tuple(sum(values) for values in choices)
-            _expect_numbers(loglik, item)
-            store.add(item, Output(loglik=loglik, cut=cut))
+        logliks = [tuple(sum(values) for values in choices) for choices in scores]
+        of_priors = iter(logliks[len(items) :])
+        for item, loglik, cut in zip(items, logliks, cuts, strict=False):
+            prior = next(of_priors) if item.prior is not None else None
+            _expect_numbers([*loglik, *(prior or ())], item)
+            store.add(item, Output(loglik=loglik, prior_loglik=prior, cut=cut))
 
 
 def _slices(items: list[Item], size: int = 1024) -> Iterable[list[Item]]:
@@ -313,28 +319,38 @@ def _slices(items: list[Item], size: int = 1024) -> Iterable[list[Item]]:
 
 
 def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Continuation]]:
-    """Each item's choices as continuations: after the assistant header in a chat, after a space in plain text."""
+    """Each item's choices as continuations: after the assistant header in a chat, after a space in plain text.
+
+    Of an empty text (the prior of a plain question) the continuation is the choice after the space, predicted from BOS.
+    """
     from guidetune.data.chat import Refused
     from guidetune.evaluation.scoring import Continuation
 
     documents: list[list[Continuation]] = []
     chats = [[*item.messages, {"role": "assistant", "content": choice}] for item in items if item.messages for choice in item.choices or ()]
     encoded = iter(handle.chat.encode_many(chats) if handle.chat is not None else ())
-    plain = [item for item in items if not item.messages]
-    texts = list(dict.fromkeys(text for item in plain for text in (item.text, *(f"{item.text} {choice}" for choice in item.choices or ()))))
+    contexts = {id(item): item.contexts or (item.text,) * len(item.choices or ()) for item in items if not item.messages}
+    pairs = [
+        (before, choice)
+        for item in items
+        if not item.messages
+        for before, choice in zip(contexts[id(item)], item.choices or (), strict=True)
+    ]
+    texts = list(dict.fromkeys(text for before, choice in pairs for text in (before, f"{before} {choice}")))
     ids = dict(zip(texts, handle.tokenizer(texts)["input_ids"], strict=True)) if texts else {}  # one call: most of its cost is the call
     for item in items:
         document = []
-        for choice in item.choices or ():
+        for place, choice in enumerate(item.choices or ()):
             if item.messages:
                 row = next(encoded)
                 if isinstance(row, Refused):
                     raise BadInput(f"task item {item.id}, choice {choice!r}: {row.reason}: {row.detail}")
                 # The choice is what training would learn, without the stop token.
-                end = max(place for place, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
+                end = max(i for i, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
                 document.append(Continuation(tuple(row.input_ids[:end]), row.prompt_length))
             else:
-                before, whole = ids[item.text], ids[f"{item.text} {choice}"]
+                context = contexts[id(item)][place]
+                before, whole = ids[context], ids[f"{context} {choice}"]
                 if not before:
                     start = _first_token(handle)
                     before, whole = [start], [start, *whole]

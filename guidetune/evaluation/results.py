@@ -37,6 +37,8 @@ def judge(task: Task, item: Item, outputs: Sequence[Output]) -> dict[str, Any]:
     if task.mode == "generate":
         line["finished"] = sum(one.finished for one in outputs) / len(outputs)
         line.setdefault("tokens", sum(one.tokens for one in outputs))
+    if output.prior_loglik is not None:
+        line["choices_prior_loglik"] = list(output.prior_loglik)
     line["meta"] = dict(item.meta)
     if any(one.cut for one in outputs):
         line["cut"] = max(one.cut for one in outputs)
@@ -53,7 +55,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
     values = [float(line["correct"]) for line in lines]
     weights = [float(line["tokens"]) for line in lines] if task.mode == "nll" else None
     metrics: dict[str, Any] = {}
-    skip = {"tokens", "nll", "cut", "correct"} if task.mode == "nll" else {"tokens", "cut"}
+    skip = {"reference", "tokens", "cut", *(("nll", "correct") if task.mode == "nll" else ())}
     for key in numbers(lines[0]):
         if key not in skip:
             metrics[task.metric if key == "correct" else key] = sum(line[key] for line in lines) / len(lines)
@@ -67,6 +69,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
     metrics.update(task.overall(lines))
     score = task.scale(mean(values, weights))
     metrics.setdefault(name, score)
+    notes = task.notes()
     return {
         "score": finite(score),
         "ci": [finite(task.scale(bound)) for bound in interval(values, weights, lines, seed)],
@@ -75,6 +78,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         "higher_is_better": task.higher_is_better,
         "metrics": {key: finite(value) for key, value in metrics.items()},
         "by": {key: groups for key in BREAKDOWNS if (groups := _by(task, lines, key))},
+        **({"notes": notes} if notes else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +21,23 @@ class MultipleChoice(RowTask):
     """Each row has a question, its options and the right one.
 
     By log-likelihood, `acc` takes the likeliest choice, `acc_norm` the likeliest per character and `acc_bytes` per UTF-8 byte; ties go
-    to the first. With letters all three agree. `ece` is the calibration error of softmax(log-likelihoods), `macro` the mean over
-    categories. In a chat the choice follows the assistant header ("A"); in plain text it follows a space (" A").
+    to the first. With letters all three agree. `acc_mutual_info` takes the choice that gains most over its log-likelihood without the
+    question (in plain text after BOS alone, in a chat after the user's "Answer:"). `ece` is the calibration error of
+    softmax(log-likelihoods), `macro` the mean over categories. In a chat the choice follows the assistant header ("A"); in plain text it
+    follows a space (" A").
     """
 
     default_new_tokens: ClassVar[int] = 512
+    # Columns of other published copies of the data: those of a row that lacks the first ones, unless the user names columns.
+    layouts: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     mode: Literal["loglik", "generate"] = Field("loglik", description="Rate the choices, or generate and read the chosen one.")
     choose: Literal["letter", "text"] = Field("letter", description="The model names an option by its letter, or by its text.")
     format: Literal["chat", "plain"] = Field("chat", description="Ask in the model's chat format, or as plain text to be continued.")
-    best_by: Literal["acc", "acc_norm", "acc_bytes"] = Field("acc", description="The rule whose choice is the main score (log-likelihood).")
+    best_by: Literal["acc", "acc_norm", "acc_bytes", "acc_mutual_info"] = Field(
+        "acc", description="The rule whose choice is the main score (log-likelihood)."
+    )
+    mutual_info: bool = Field(False, description="Also rate the choices without their question (acc_mutual_info); best_by may ask for it.")
     template: str = Field("{question}\n{choices}\nAnswer:", description="Prompt; {question} and {choices} (lines 'A. ...') or any column.")
     system: str | None = Field(None, description="System message of the chat format.")
     question: str = Field("question", description="Column of the question.")
@@ -38,54 +46,62 @@ class MultipleChoice(RowTask):
     id: str | None = Field(None, description="Column of a unique id (default: the row's number).")
     category: str | None = Field(None, description="Column to break the score down by, such as the subject.")
 
+    def unified(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row in the form that the options expect; for data sets with copies in another one."""
+        return row
+
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the template may name: the row's own columns and `question`."""
-        return {**row, "question": column(row, self.question)}
+        return {**row, "question": column(row, self.layout(row)["question"])}
+
+    def layout(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The names of the columns `question`, `options` and `answer` in this row."""
+        own = {"question": self.question, "options": self.options, "answer": self.answer}
+        if own.keys() & self.model_fields_set:
+            return own
+        return next((names for names in (own, *self.layouts) if _has(row, names)), own)
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[list[str], list[str], int]:
+        """The options' texts, their letters and the place of the right one.
+
+        Raises:
+            BadInput: no such options, or an answer that is none of them.
+        """
+        names = self.layout(row)
+        texts, labels = _options(row, names["options"])
+        return texts, labels, _right(column(row, names["answer"]), names["answer"], texts, labels)
+
+    def identity(self, row: Mapping[str, Any], number: int) -> str:
+        """The item's id: the named column; of a copy without the usual column, the row's number."""
+        known = self.id is not None and (self.id in row or "id" in self.model_fields_set)
+        return str(column(row, str(self.id))) if known else str(number)
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
-        texts, labels = self._options(row)
-        right = self._right(row, texts, labels)
+        row = self.unified(row)
+        texts, labels, right = self.parts(row)
         listed = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
         prompt = fill(self.template, {**self.columns(row), "choices": listed})
-        identity = str(column(row, self.id)) if self.id else str(number)
         meta = breakdown(row, category=self.category)
         choices = tuple(labels if self.choose == "letter" else texts)
-        where: dict[str, Any] = {"text": prompt} if self.format == "plain" else {"messages": ask(prompt, self.system)}
-        return Item(
-            identity, **where, reference=right, choices=choices, gold=f"Answer: {choices[right]}", meta=meta, payload=(labels, texts)
+        item = Item(
+            self.identity(row, number),
+            reference=right,
+            choices=choices,
+            gold=f"Answer: {choices[right]}",
+            meta=meta,
+            payload=(labels, texts),
         )
+        if self.format == "plain":
+            return replace(item, text=prompt, prior=self.without_question(item, text=""))
+        return replace(item, messages=ask(prompt, self.system), prior=self.without_question(item, messages=ask("Answer:", self.system)))
 
-    def _options(self, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        if isinstance(self.options, str):
-            found = column(row, self.options)
-        else:
-            found = [column(row, name) for name in self.options]
-        if isinstance(found, Mapping):
-            found = {key: value for key, value in found.items() if value is not None}  # columnar files fill absent letters with null
-            labels, texts = [str(key) for key in found], [str(value) for value in found.values()]
-        elif isinstance(found, Sequence) and not isinstance(found, str):
-            labels, texts = list(ascii_uppercase[: len(found)]), [str(value) for value in found]
-        else:
-            raise BadInput(f"{self.options} = {str(found)[:60]!r} is neither a list of options nor {{letter: text}}")
-        if not 2 <= len(texts) <= len(ascii_uppercase) or any(not text.strip() for text in texts) or len(labels) != len(texts):
-            raise BadInput(f"{self.options}: needs 2 to 26 options with text, has {texts}")
-        return texts, labels
+    def without_question(self, item: Item, **where: Any) -> Item | None:
+        """The item's choices without its question, when mutual information is asked for."""
+        wanted = self.mode == "loglik" and (self.mutual_info or self.best_by == "acc_mutual_info")
+        return Item(item.id, choices=item.choices, **where) if wanted else None
 
-    def _right(self, row: Mapping[str, Any], texts: list[str], labels: list[str]) -> int:
-        value = column(row, self.answer)
-        if isinstance(value, bool) or value is None:
-            raise BadInput(f"{self.answer} = {value!r} names no option")
-        if isinstance(value, int) and 0 <= value < len(texts):
-            return value
-        word = str(value).strip()
-        if word in labels:
-            return labels.index(word)
-        same = [i for i, text in enumerate(texts) if squeeze(text) == squeeze(word)]
-        if len(same) == 1:
-            return same[0]
-        if word.isdigit() and int(word) < len(texts):
-            return int(word)
-        raise BadInput(f"{self.answer} = {value!r} is neither a letter nor the text of one of {dict(zip(labels, texts, strict=True))}")
+    def demonstration(self, item: Item) -> str | None:
+        return item.choices[item.reference] if item.choices else None
 
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         labels, texts = item.payload
@@ -98,8 +114,9 @@ class MultipleChoice(RowTask):
             answer = choices[found] if found is not None else None
             return {"correct": int(found == item.reference), "parsed": int(found is not None), "answer": answer}
         if output.loglik is None:
-            return {"correct": 0, "acc": 0, "acc_norm": 0, "acc_bytes": 0, "answer": None}
-        best = choice_scores(output.loglik, choices)
+            rules = ("correct", "acc", "acc_norm", "acc_bytes", *(("acc_mutual_info",) if item.prior is not None else ()))
+            return {**dict.fromkeys(rules, 0), "confidence": 0.0, "probability": 0.0, "answer": None}
+        best = choice_scores(output.loglik, choices, output.prior_loglik)
         right = {rule: int(place == item.reference) for rule, place in best.items()}
         shares = softmax(output.loglik)
         return {
@@ -125,4 +142,44 @@ class MultipleChoice(RowTask):
     def perfect(self, item: Item) -> Output | None:
         if self.mode == "generate":
             return super().perfect(item)
-        return Output(loglik=tuple(0.0 if i == item.reference else -100.0 for i in range(len(item.choices or ()))))
+        loglik = tuple(0.0 if i == item.reference else -100.0 for i in range(len(item.choices or ())))
+        return Output(loglik=loglik, prior_loglik=(0.0,) * len(loglik) if item.prior is not None else None)
+
+
+def _has(row: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
+    asked = [name for value in names.values() for name in ([value] if isinstance(value, str) else value)]
+    return all(name.split(".")[0] in row for name in asked)
+
+
+def _options(row: Mapping[str, Any], names: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts and letters: of a list, of `{letter: text}`, of `{text: [...], label: [...]}`, or of several columns."""
+    found = column(row, names) if isinstance(names, str) else [column(row, name) for name in names]
+    if isinstance(found, Mapping) and found.keys() == {"text", "label"}:
+        found = dict(zip(found["label"], found["text"], strict=True))
+    if isinstance(found, Mapping):
+        found = {key: value for key, value in found.items() if value is not None}  # columnar files fill absent letters with null
+        labels, texts = [str(key) for key in found], [str(value) for value in found.values()]
+    elif isinstance(found, Sequence) and not isinstance(found, str):
+        labels, texts = list(ascii_uppercase[: len(found)]), [str(value) for value in found]
+    else:
+        raise BadInput(f"{names} = {str(found)[:60]!r} is neither a list of options nor {{letter: text}}")
+    if not 2 <= len(texts) <= len(ascii_uppercase) or any(not text.strip() for text in texts) or len(labels) != len(texts):
+        raise BadInput(f"{names}: needs 2 to 26 options with text, has {texts}")
+    return texts, labels
+
+
+def _right(value: Any, name: str, texts: list[str], labels: list[str]) -> int:
+    """The place of the answer: a number from 0, a letter, or an option's text."""
+    if isinstance(value, bool) or value is None:
+        raise BadInput(f"{name} = {value!r} names no option")
+    if isinstance(value, int) and 0 <= value < len(texts):
+        return value
+    word = str(value).strip()
+    if word in labels:
+        return labels.index(word)
+    same = [i for i, text in enumerate(texts) if squeeze(text) == squeeze(word)]
+    if len(same) == 1:
+        return same[0]
+    if word.isdigit() and int(word) < len(texts):
+        return int(word)
+    raise BadInput(f"{name} = {value!r} is neither a letter nor the text of one of {dict(zip(labels, texts, strict=True))}")
