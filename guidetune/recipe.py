@@ -634,9 +634,12 @@ def evaluation(tasks: Iterable[str], data: Path | None = None, overrides: Iterab
     if not specs and not problems:
         problems.append(f"--tasks: name at least one of {', '.join(registry.names('task'))}")
     for spec in specs:
-        cls: Any = registry.get("task", spec["method"]) if spec.get("method") in registry.names("task") else None
-        if data is not None and cls is not None and "path" in cls.model_fields and "path" not in spec:
-            spec["path"] = str(_file_for((spec["method"], *cls.files), data))
+        try:
+            cls: Any = registry.get("task", str(spec.get("method")))
+        except BadInput:
+            continue  # told with the rest, or a YAML file, which names its data
+        if data is not None and "path" in cls.model_fields and "path" not in spec:
+            spec["path"] = str(_file_for((cls.name, *cls.files), data))
     tree: dict[str, Any] = {"task": specs}
     origins = _Origins("--tasks")
     for override in overrides:

@@ -21,7 +21,6 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -127,9 +126,9 @@ def load_file(kind: str, path: Path) -> type[Method]:
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{kind} file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:12]}"
-    module = sys.modules.get(name) or _run_file(name, path)
-    own = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method) and value.__module__ == name]
-    found = [cls for cls in own if cls.kind == kind and _loaded.get((kind, cls.name)) is cls]
+    if name not in sys.modules:
+        _run_file(name, path)
+    found = [cls for (of, _), cls in _loaded.items() if of == kind and cls.__module__ == name]
     if len(found) != 1:
         several = f"registers several: {', '.join(cls.name for cls in found)}; put each in a file of its own"
         none = f"registers none; decorate its class with @method(kind={kind!r}, name=..., summary=...)"
@@ -138,7 +137,7 @@ def load_file(kind: str, path: Path) -> type[Method]:
     return found[0]
 
 
-def _run_file(name: str, path: Path) -> ModuleType:
+def _run_file(name: str, path: Path) -> None:
     before = dict(_loaded)
     spec = spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -157,7 +156,6 @@ def _run_file(name: str, path: Path) -> ModuleType:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         raise BadInput(f"{path}{f':{line}' if line else ''}: the file does not run: {type(error).__name__}: {error}") from error
-    return module
 
 
 def option_problems(cls: type[BaseModel], error: ValidationError) -> list[str]:

@@ -1,12 +1,14 @@
 """evaluate(): put tasks to a model and keep every item's result.
 
 Each task is one artefact folder `<out>/<label>/` with `items.jsonl` (one line per item) and a manifest; it is reused when model,
-chat template, items, options and code are the same. A killed evaluation goes on from the items it had finished.
+chat template, items, options and code are the same. Results under other settings are kept in `<out>/.earlier`. A killed evaluation goes
+on from the items it had finished.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from guidetune.artefacts import derive_seed, digest_file, fingerprint, stage, write_text_atomic
+from guidetune.artefacts import derive_seed, digest_file, fingerprint, finished, stage, write_text_atomic
 from guidetune.engine.distributed import current
 from guidetune.errors import BadInput, RunFailed
 from guidetune.evaluation.results import judge, summarise
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 ITEMS = "items.jsonl"
 OUTPUTS = "outputs.jsonl"
+EARLIER = ".earlier"  # results of a task under other settings
 
 
 class EvalSettings(BaseModel):
@@ -190,9 +193,26 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
             key |= {"top_p": settings.top_p, "top_k": settings.top_k}
         if engine != "hf":
             key["engine"] = engine
+    group.once(lambda: _swap_in(out, planned.label, key))
     done = group.follow(lambda build: stage(out / planned.label, key, build), build)
     cost = {"seconds": done.seconds, **done.result["cost"]}
     return {**done.result, "items": f"{planned.label}/{ITEMS}", "cost": cost}
+
+
+def _swap_in(out: Path, label: str, key: dict[str, Any]) -> None:
+    """Put a finished result of other settings aside, and bring back one of these: going to and fro between settings runs nothing twice."""
+    folder, earlier, there = out / label, out / EARLIER, finished(out / label)
+    back = earlier / f"{label}-{fingerprint(key)[:16]}"
+    try:
+        if there is not None and there["fingerprint"] != fingerprint(key):
+            aside = earlier / f"{label}-{there['fingerprint'][:16]}"
+            earlier.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if not folder.exists() and finished(back, key) is not None:
+            back.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
 
 
 def _content(item: Item) -> list[Any]:

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from guidetune.artefacts import derive_seed
 from guidetune.errors import BadInput
@@ -112,6 +112,9 @@ class TaskContext:
 
 class Task(Method):
     """Base of every task."""
+
+    # Constants of a class that are text (`mode = "generate"`) need no annotation.
+    model_config = ConfigDict(ignored_types=(str,))
 
     if TYPE_CHECKING:
         mode: str  # "generate", "loglik" or "nll": a constant of the class, or an option
