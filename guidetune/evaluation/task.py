@@ -177,7 +177,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        return str(column(row, match[1]))
+        found = column(row, match[1])
+        if found is None:
+            raise BadInput(f"column {match[1]!r} is empty (null)")
+        return str(found)
 
     return _HOLE.sub(value, template)
 
@@ -195,6 +198,18 @@ def column(row: Mapping[str, Any], name: str) -> Any:
             raise BadInput(f"no column {name!r}{nearest(part, there)}")
         value = value[part]
     return value
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """A text or number, or each of a list of them, as texts.
+
+    Raises:
+        BadInput: nothing there, or something else.
+    """
+    found = value if isinstance(value, list) else [value]
+    if not found or any(isinstance(one, bool) or not isinstance(one, (str, int, float)) for one in found):
+        raise BadInput(f"{name} = {str(value)[:60]!r} is neither a text nor a list of texts")
+    return [str(one) for one in found]
 
 
 def breakdown(row: Mapping[str, Any], **columns: str | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from guidetune.errors import BadInput
 from guidetune.evaluation.answers import choice_answer
 from guidetune.evaluation.evaluate import evaluate, plan, read_items
 from guidetune.evaluation.metrics import byte_level_tokens, choice_scores, rouge_l, squad_exact, squad_f1
-from guidetune.evaluation.task import Item, Output
-from guidetune.registry import build
+from guidetune.evaluation.task import Item, Output, RowTask
+from guidetune.registry import build, get, names
 
 ROWS: dict[str, dict[str, Any]] = {
     "arc": {"question": "Why?", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "2"},
@@ -260,6 +260,71 @@ def test_only_the_rows_that_are_wanted(tmp_path: Path) -> None:
     assert [item.id for item in items_of(tmp_path, {**spec, "where": {"level": [0, 2]}})[1]] == ["0", "2", "3", "5"]
     with pytest.raises(BadInput, match="no column 'levle'.*did you mean 'level'"):
         items_of(tmp_path, {**spec, "where": {"levle": 0}})
+
+
+# One small row for each task that reads rows: golds score 1 and nothing scores 0 in any clone, without the real files.
+SAMPLES: dict[str, dict[str, Any]] = {
+    **{name: ROWS[name] for name in ("arc", "piqa", "commonsenseqa", "mmlu", "medmcqa", "pubmedqa")},
+    "arc_challenge": ROWS["arc"],
+    "arc_easy": ROWS["arc_ready"],
+    "mmlu_medical": ROWS["mmlu"],
+    "medqa": {"question": "Why?", "options": {"A": "one", "B": "two"}, "answer_idx": "B"},
+    "mcq": {"question": "Why?", "options": ["one", "two"], "answer_idx": "two"},
+    "winogrande": {"sentence": "Ann thanked Bo because _ had helped.", "option1": "Ann", "option2": "Bo", "answer": "2"},
+    "truthfulqa": {"Question": "Pigs?", "Best Answer": "No", "Correct Answers": "No", "Incorrect Answers": "Yes"},
+    "squad": {"context": "In Paris.", "question": "Where?", "answers": ["Paris"]},
+    "triviaqa": {"question": "Where?", "answer": {"value": "Paris", "aliases": ["City of Light"]}},
+    "super_ni": {"definition": "Say it.", "input": "x", "output": "the dog ran"},
+    "translation": {"es": "uno", "en": "the cat is on the mat"},
+    "ifeval": {"prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    "gsm8k": {"question": "1+1?", "answer": "So\n#### 2"},
+    "math500": {"problem": "1+1?", "answer": "2"},
+    "generate": {"question": "1+1?", "answer": "2"},
+}
+NEEDED = {"translation": {"source": "es", "target": "en"}, "generate": {"prompt": "{question}", "reference": "answer"}}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=12) | st.sampled_from(["A", "B", "1", "two", "one"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["A", "B", "text", "label", "choices", "labels"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def row_task(name: str, path: str = "q.jsonl") -> Any:
+    cls = get("task", name)
+    if not issubclass(cls, RowTask) or name not in SAMPLES:
+        pytest.skip("reads no rows, or is tested in a file of its own")
+    return build("task", {"method": name, "path": path, **NEEDED.get(name, {})})
+
+
+@pytest.mark.parametrize("name", names("task"))
+def test_a_gold_scores_one_and_nothing_scores_zero(tmp_path: Path, name: str) -> None:
+    task = row_task(name, write(tmp_path / "q.jsonl", SAMPLES[name]) if name in SAMPLES else "")
+    (item,) = plan([task], root=tmp_path)[0].items
+    perfect = task.perfect(item) or Output(text="No commas.")
+    verdict, nothing = task.score(item, perfect), task.score(item, Output(text=""))
+    assert verdict["correct"] == 1 and nothing["correct"] == 0
+    # Items of a run have the same numbers, whatever the model said.
+    assert {key for key, value in verdict.items() if isinstance(value, (int, float))} == {
+        key for key, value in nothing.items() if isinstance(value, (int, float))
+    }
+
+
+@pytest.mark.parametrize("name", names("task"))
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_rows_of_any_kind_are_read_or_refused(name: str, data: st.DataObject) -> None:
+    task, sample = row_task(name), SAMPLES[name]
+    row = {**sample, **data.draw(st.dictionaries(st.sampled_from(sorted(sample)), JSON, min_size=1))}
+    for missing in data.draw(st.sets(st.sampled_from(sorted(sample)), max_size=1)):
+        del row[missing]
+    try:
+        item = task.item(row, 0)
+    except BadInput:
+        return
+    task.score(item, Output(text="one"))
+    assert item.messages or item.text is not None
 
 
 @given(st.text(max_size=80), st.lists(st.text(max_size=30), min_size=1, max_size=4))

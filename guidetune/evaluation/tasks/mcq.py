@@ -12,7 +12,7 @@ from pydantic import Field
 from guidetune.errors import BadInput
 from guidetune.evaluation.answers import choice_answer, squeeze
 from guidetune.evaluation.metrics import calibration_error, choice_scores, softmax
-from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 
@@ -155,17 +155,20 @@ def _options(row: Mapping[str, Any], names: str | Sequence[str]) -> tuple[list[s
     """Texts and letters: of a list, of `{letter: text}`, of `{text: [...], label: [...]}`, or of several columns."""
     found = column(row, names) if isinstance(names, str) else [column(row, name) for name in names]
     if isinstance(found, Mapping) and found.keys() == {"text", "label"}:
-        found = dict(zip(found["label"], found["text"], strict=True))
+        letters, listed = texts(found["label"], "label"), texts(found["text"], "text")
+        if len({*letters}) != len(letters) or len(letters) != len(listed):
+            raise BadInput(f"{names}: {len(listed)} texts need as many different labels, not {letters}")
+        found = dict(zip(letters, listed, strict=True))
     if isinstance(found, Mapping):
         found = {key: value for key, value in found.items() if value is not None}  # columnar files fill absent letters with null
-        labels, texts = [str(key) for key in found], [str(value) for value in found.values()]
+        labels, listed = [str(key) for key in found], texts([*found.values()], str(names))
     elif isinstance(found, Sequence) and not isinstance(found, str):
-        labels, texts = list(ascii_uppercase[: len(found)]), [str(value) for value in found]
+        labels, listed = list(ascii_uppercase[: len(found)]), texts([*found], str(names))
     else:
         raise BadInput(f"{names} = {str(found)[:60]!r} is neither a list of options nor {{letter: text}}")
-    if not 2 <= len(texts) <= len(ascii_uppercase) or any(not text.strip() for text in texts) or len(labels) != len(texts):
-        raise BadInput(f"{names}: needs 2 to 26 options with text, has {texts}")
-    return texts, labels
+    if not 2 <= len(listed) <= len(ascii_uppercase) or any(not text.strip() for text in listed) or len(labels) != len(listed):
+        raise BadInput(f"{names}: needs 2 to 26 options with text, has {listed}")
+    return listed, labels
 
 
 def _right(value: Any, name: str, texts: list[str], labels: list[str]) -> int:

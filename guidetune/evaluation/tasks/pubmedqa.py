@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from guidetune.errors import BadInput
-from guidetune.evaluation.task import column
+from guidetune.evaluation.task import column, texts
 from guidetune.evaluation.tasks.mcq import MultipleChoice
 from guidetune.registry import method
 
@@ -33,10 +33,12 @@ class PubMedQA(MultipleChoice):
         if "final_decision" in row:  # the original release
             context = column(row, "context.contexts") if isinstance(row.get("context"), Mapping) else column(row, "CONTEXTS")
             question = row["question"] if "question" in row else column(row, "QUESTION")
-            return {**made, "question": "\n".join([*context, question]), "answer_idx": row["final_decision"]}
+            parts = [*texts(context, "contexts"), *texts(question, "question")]
+            return {**made, "question": "\n".join(parts), "answer_idx": row["final_decision"]}
         if "continuation" in row:  # finished prompts
             abstract, _, asked = str(column(row, "context")).removeprefix("Context: ").rpartition("\nQuestion: ")
-            return {**made, "question": f"{abstract}\n{asked.splitlines()[0]}", "answer_idx": row["continuation"]}
+            question = asked.partition("\n")[0]
+            return {**made, "question": f"{abstract}\n{question}", "answer_idx": row["continuation"]}
         return row
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from guidetune.errors import BadInput
 from guidetune.evaluation.answers import first_line
 from guidetune.evaluation.metrics import squad_exact, squad_f1, squad_words
-from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 
@@ -46,10 +45,8 @@ class Squad(RowTask):
         """The right answers; `[""]` of an unanswerable question."""
         found = column(row, self.answers)
         if isinstance(found, Mapping):
-            found = found.get("text", found)
-        if not isinstance(found, (str, list)):
-            raise BadInput(f"{self.answers} = {str(found)[:60]!r} is neither a text, a list of texts nor {{text: [...]}}")
-        return [found] if isinstance(found, str) else [str(one) for one in found] or [""]
+            found = found.get("text")
+        return texts(found, self.answers) if found != [] else [""]
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
         right = self.right(row)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from guidetune.evaluation.answers import normal_text
 from guidetune.evaluation.metrics import byte_level_tokens, exact_match, rouge_l
-from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 
@@ -43,10 +43,9 @@ class SuperNI(RowTask):
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
         values = {name: column(row, next((one for one in names if one in row), names[0])) for name, names in COLUMNS.items()}
-        values = {name: one[0] if isinstance(one, list) and len(one) == 1 else one for name, one in values.items()}
-        output = values["output"]
-        references = [str(one) for one in output] if isinstance(output, list) else [str(output)]
-        prompt = ask(fill(self.template, {**row, **values}), self.system)
+        shown = {name: "\n".join(texts(values[name], name)) for name in ("definition", "input")}
+        references = texts(values["output"], "output")
+        prompt = ask(fill(self.template, {**row, **shown}), self.system)
         name = self.task or next((one for one in ("task", "task_name") if one in row), None)
         meta = breakdown(row, skill=name, category=self.category)
         return Item(str(number), prompt, reference=references, gold=references[0], meta=meta)

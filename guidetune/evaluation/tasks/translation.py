@@ -14,7 +14,7 @@ from pydantic import Field
 
 from guidetune.errors import BadInput, RunFailed
 from guidetune.evaluation.metrics import sentence_chrf, translation
-from guidetune.evaluation.task import Item, Output, RowTask, TaskContext, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, TaskContext, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 # How sacrebleu splits languages that do not put spaces between words (BLEU only).
@@ -73,7 +73,7 @@ class Translation(RowTask):
         return self.tokenize or TOKENIZE.get(self.target.lower().split("-")[0].split("_")[0], "13a")
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
-        source, target = str(column(row, self.source)), str(column(row, self.target))
+        source, target = (" ".join(texts(column(row, name), name)) for name in (self.source, self.target))
         if not source.strip() or not target.strip():
             raise BadInput(f"{self.source} or {self.target} is empty")
         languages = self.languages or [LANGUAGES.get(name.lower(), name) for name in (self.source, self.target)]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from guidetune.evaluation.task import column
+from guidetune.evaluation.task import column, texts
 from guidetune.evaluation.tasks.squad import Squad
 from guidetune.registry import method
 
@@ -32,6 +32,7 @@ class TriviaQA(Squad):
     def right(self, row: Mapping[str, Any]) -> list[str]:
         answer = row.get("answer")
         if isinstance(answer, Mapping) and "answers" not in self.model_fields_set:
-            return list(dict.fromkeys([str(column(answer, "value")), *map(str, column(answer, "aliases"))]))
+            aliases = column(answer, "aliases")
+            return list(dict.fromkeys([*texts(column(answer, "value"), "value"), *(texts(aliases, "aliases") if aliases != [] else [])]))
         found = super().right(row)
         return list(dict.fromkeys([answer, *found])) if isinstance(answer, str) and "answers" not in self.model_fields_set else found

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from guidetune.errors import BadInput
 from guidetune.evaluation.metrics import truthful_mass
-from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 
@@ -38,9 +38,9 @@ class TruthfulQA(RowTask):
         if "mc2_targets" in row:
             first, second = column(row, "mc1_targets"), column(row, "mc2_targets")
             question = column(row, "question")
-            best = [text for text, label in zip(first["choices"], first["labels"], strict=True) if label]
-            wrong = [text for text, label in zip(first["choices"], first["labels"], strict=True) if not label]
-            mc2 = dict(zip(second["choices"], map(bool, second["labels"]), strict=True))
+            best = [text for text, true in _labelled(first) if true]
+            wrong = [text for text, true in _labelled(first) if not true]
+            mc2 = dict(_labelled(second))
         else:
             question = column(row, "Question")
             best, wrong = _answers(str(column(row, "Best Answer"))), _answers(str(column(row, "Incorrect Answers")))
@@ -75,6 +75,13 @@ class TruthfulQA(RowTask):
     def perfect(self, item: Item) -> Output | None:
         true = {place for place, true in item.payload[1] if true}
         return Output(loglik=tuple(1.0 if i == 0 else 0.0 if i in true else -100.0 for i in range(len(item.choices or ()))))
+
+
+def _labelled(targets: Any) -> list[tuple[str, bool]]:
+    choices, labels = texts(column(targets, "choices"), "choices"), column(targets, "labels")
+    if not isinstance(labels, list) or len(labels) != len(choices):
+        raise BadInput("choices and labels are two lists of the same length")
+    return list(zip(choices, map(bool, labels), strict=True))
 
 
 def _answers(text: str) -> list[str]:
