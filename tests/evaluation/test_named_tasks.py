@@ -174,7 +174,7 @@ def test_translation(tmp_path: Path) -> None:
                 "comet_command": "no-such-comet",
             },
         )
-    assert "comet_path = 'x.ckpt' is no file" in str(caught.value)
+    assert "comet_path = 'x.ckpt' is no .ckpt file" in str(caught.value)
     with pytest.raises(BadInput, match="tokenize = 'nonsense'"):
         items_of(tmp_path, {"method": "translation", "path": name, "source": "es", "target": "en", "tokenize": "nonsense"})
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from guidetune.evaluation.evaluate import evaluate, plan
 from guidetune.evaluation.task import Output
 from guidetune.models.handle import open_handle
 
+# A paragraph whose last code words name a file, and the indented block below it.
+DOCS = re.compile(r"([^\n]*`(?:tickets\.yaml|acronym\.py)`:)\n\n((?:    [^\n]*\n|\n)+?)(?=\n?\S|\n    guidetune)")
 YAML = """\
 method: generate
 path: tickets.jsonl
@@ -79,6 +83,21 @@ def test_one_python_file(own: Path) -> None:
     (own / "loud.yaml").write_text("method: shouting.py\npath: tickets.jsonl\nmarks: 3\n")
     assert plan([only_task("own/loud.yaml")])[0].items[0].reference == "TICKET 0!!!"
     assert "shouting" not in registry.names("task")
+
+
+def test_the_examples_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    blocks = {re.search(r"`(\w+\.(?:yaml|py))`[^`]*$", before)[1]: dedent(block) for before, block in DOCS.findall(page)}  # type: ignore[index]
+    assert blocks.keys() == {"tickets.yaml", "acronym.py"} and len(blocks["tickets.yaml"].splitlines()) < 20
+    for name, text in blocks.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "tickets.jsonl").write_text(json.dumps({"body": "It burns.", "team": "Fire", "product": "oven"}) + "\n")
+    (tmp_path / "phrases.jsonl").write_text(json.dumps({"phrase": "As soon as possible"}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    tickets, acronym = recipe.evaluation(["tickets.yaml", "acronym.py:path=phrases.jsonl,upper=false"]).task
+    one, two = (planned.items[0] for planned in plan([tickets, acronym]))
+    assert one.prompt.endswith("It burns.\nAnswer 'team: NAME'.") and tickets.score(one, Output(text="I say team: fire."))["correct"] == 1
+    assert acronym.score(two, Output(text="asap"))["correct"] == 1 and acronym.score(two, Output(text="ASAP"))["correct"] == 0
 
 
 def test_in_a_recipe(own: Path) -> None:

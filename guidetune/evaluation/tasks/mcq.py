@@ -46,6 +46,10 @@ class MultipleChoice(RowTask):
     id: str | None = Field(None, description="Column of a unique id (default: the row's number).")
     category: str | None = Field(None, description="Column to break the score down by, such as the subject.")
 
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return "accuracy" if self.mode == "generate" or self.best_by == "acc" else self.best_by
+
     def unified(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row in the form that the options expect; for data sets with copies in another one."""
         return row

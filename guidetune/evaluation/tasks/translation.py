@@ -62,8 +62,8 @@ class Translation(RowTask):
         if self.comet_path is not None and shutil.which(self.comet_command) is None:
             how = "install unbabel-comet in an environment of its own and name its program in comet_command"
             problems.append(f"task {self.label or self.name}: there is no program {self.comet_command!r}; {how}")
-        if self.comet_path is not None and not Path(self.comet_path).is_file():
-            problems.append(f"task {self.label or self.name}: comet_path = {self.comet_path!r} is no file; give a local checkpoint (.ckpt)")
+        if self.comet_path is not None and not not (self.comet_path.endswith(".ckpt") and Path(self.comet_path).is_file()):
+            problems.append(f"task {self.label or self.name}: comet_path = {self.comet_path!r} is no .ckpt file; give a local checkpoint")
         if problems:
             raise BadInput(problems)
         return super().items(ctx)
@@ -99,13 +99,29 @@ class Translation(RowTask):
 
     def _comet(self, sources: list[str], hypotheses: list[str], references: list[str]) -> float:
         """The mean of the segments' scores."""
+        import torch
+
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / name for name in ("source.txt", "hypothesis.txt", "reference.txt")]
             for path, texts in zip(paths, (sources, hypotheses, references), strict=True):
                 path.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
             out = Path(folder) / "scores.json"
             files = [str(path) for path in paths]
-            command = [self.comet_command, "-s", files[0], "-t", files[1], "-r", files[2], "--model", str(self.comet_path), "--to_json"]
+            gpus = "1" if torch.cuda.is_available() else "0"
+            command = [
+                self.comet_command,
+                "--gpus",
+                gpus,
+                "-s",
+                files[0],
+                "-t",
+                files[1],
+                "-r",
+                files[2],
+                "--model",
+                str(self.comet_path),
+                "--to_json",
+            ]
             done = subprocess.run([*command, str(out)], capture_output=True, text=True, errors="replace")
             if done.returncode != 0 or not out.is_file():
                 raise RunFailed(f"{self.comet_command} failed: {(done.stderr or done.stdout)[-500:].strip()}")
