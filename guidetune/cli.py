@@ -355,8 +355,8 @@ def evaluate(
     results = pipeline.evaluate_model(model, section, folder)
     _print(_score_table(results))
     for label, result in results.items():
-        for name, note in result.get("notes", {}).items():
-            print(f"{label} {name}: {note}")
+        for note in result.get("notes", ()):
+            print(f"{label}: {note}")
     print(f"results: {folder}")
 
 

@@ -174,16 +174,13 @@ def _run(handle: ModelHandle, planned: Planned, out: Path, settings: EvalSetting
         store.remove()
         return {**summarise(task, lines, samples, settings.seed), "cost": {"tokens": tokens, "cut": cut}}
 
-    # Files count by what is in them (the items), not by where they are.
-    places = {"label", "limit", "max_new_tokens", "path", "shots_path"}
-    options = {key: value for key, value in task.spec().items() if key not in places} | {"method": task.name}
     key: dict[str, Any] = {
         "stage": "evaluate",
         "code": code_version(type(task)),
         "model": handle.fingerprint,
         "dtype": str(handle.model.dtype),
         "chat": handle.chat.digest if handle.chat is not None else None,
-        "task": options,
+        "task": task.deciding(),
         "items": fingerprint([_content(item) for item in planned.items]),
         "seed": settings.seed,
     }

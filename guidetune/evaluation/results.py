@@ -67,9 +67,9 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         right = [sum(1 for one in line["samples"] if one["correct"] >= 1) for line in lines]
         metrics.update({f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in range(1, samples + 1)})
     metrics.update(task.overall(lines))
+    extra: dict[str, Any] = {"notes": notes} if (notes := task.notes(lines)) else {}
     score = task.scale(mean(values, weights))
     metrics.setdefault(name, score)
-    notes = task.notes()
     return {
         "score": finite(score),
         "ci": [finite(task.scale(bound)) for bound in interval(values, weights, lines, seed)],
@@ -78,7 +78,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         "higher_is_better": task.higher_is_better,
         "metrics": {key: finite(value) for key, value in metrics.items()},
         "by": {key: groups for key in BREAKDOWNS if (groups := _by(task, lines, key))},
-        **({"notes": notes} if notes else {}),
+        **extra,
     }
 
 

@@ -136,6 +136,14 @@ class Task(Method):
         """Judgement of one output: `correct` (0, 1 or between), other numbers (averaged into metrics) and text (kept beside the item)."""
         raise TypeError(f"task {type(self).__name__} does not define score()")
 
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide a result; the others (where a judge's server is, say) may change without a new evaluation."""
+        return {key: value for key, value in self.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
+
+    def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Sentences that must be read beside the score; kept in the result and printed under the table."""
+        return []
+
     def default_label(self) -> str:
         """What results are filed under when the user gives no label."""
         return self.name
@@ -150,10 +158,6 @@ class Task(Method):
 
     def overall(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Further metrics over all items' result lines."""
-        return {}
-
-    def notes(self) -> dict[str, str]:
-        """What a reader of the metrics must know to compare them elsewhere, such as signatures; goes to `notes` of the result."""
         return {}
 
     def perfect(self, item: Item) -> Output | None:
@@ -303,6 +307,10 @@ class RowTask(Task):
         before = "".join(f"{one.contexts[one.reference] if one.contexts else one.text} {answer}\n\n" for one, answer in examples)
         contexts = tuple(before + context for context in item.contexts) if item.contexts else None
         return replace(item, text=f"{before}{item.text}", contexts=contexts, question=item.prompt)
+
+    def deciding(self) -> dict[str, Any]:
+        # Files count by what is in them (the items and the class's code), not by where they are.
+        return {key: value for key, value in super().deciding().items() if key != "shots_path"} | {"method": self.name}
 
     def _read(self, path: str, split: str, ctx: TaskContext) -> list[tuple[dict[str, Any], Item]]:
         from guidetune.data.sources import SourceSpec

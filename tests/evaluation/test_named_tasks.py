@@ -160,8 +160,8 @@ def test_translation(tmp_path: Path) -> None:
     found = task.overall(lines)
     oracle = {"bleu": 35.4037, "chrf": 57.5806, "chrf++": 60.7097, "ter": 18.1818}
     assert found == {key: pytest.approx(value, abs=1e-4) for key, value in oracle.items()}
-    assert task.notes()["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
-    assert "tok:zh" in build("task", {"method": "translation", "path": name, "source": "en", "target": "zh"}).notes()["bleu"]
+    assert task.notes(lines)[0].startswith("bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+    assert "tok:zh" in build("task", {"method": "translation", "path": name, "source": "en", "target": "zh"}).notes([])[0]
     with pytest.raises(BadInput, match="no program 'no-such-comet'.*") as caught:
         items_of(
             tmp_path,

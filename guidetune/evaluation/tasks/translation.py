@@ -62,7 +62,7 @@ class Translation(RowTask):
         if self.comet_path is not None and shutil.which(self.comet_command) is None:
             how = "install unbabel-comet in an environment of its own and name its program in comet_command"
             problems.append(f"task {self.label or self.name}: there is no program {self.comet_command!r}; {how}")
-        if self.comet_path is not None and not not (self.comet_path.endswith(".ckpt") and Path(self.comet_path).is_file()):
+        if self.comet_path is not None and not (self.comet_path.endswith(".ckpt") and Path(self.comet_path).is_file()):
             problems.append(f"task {self.label or self.name}: comet_path = {self.comet_path!r} is no .ckpt file; give a local checkpoint")
         if problems:
             raise BadInput(problems)
@@ -94,8 +94,8 @@ class Translation(RowTask):
             found["comet"] = self._comet([line["meta"]["source"] for line, _ in answers], hypotheses, references)
         return found
 
-    def notes(self) -> dict[str, str]:
-        return dict(translation(["a"], ["a"], self._tokenize)["signatures"])
+    def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        return [f"{name}: {signature}" for name, signature in translation(["a"], ["a"], self._tokenize)["signatures"].items()]
 
     def _comet(self, sources: list[str], hypotheses: list[str], references: list[str]) -> float:
         """The mean of the segments' scores."""
