@@ -265,6 +265,15 @@ class RowTask(Task):
         values = {name: one if isinstance(one, list) else [one] for name, one in self.where.items()}
         return all(column(row, name) in allowed for name, allowed in values.items())
 
+    def chosen(self, *options: str) -> bool:
+        """Whether one of these options has another value than its default: then it counts for every row."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in options)
+
+    def identity(self, row: Mapping[str, Any], number: int) -> str:
+        """The item's id: the column that the option `id` names; where it names none, or the usual one is not there, the row's number."""
+        name = getattr(self, "id", None)
+        return str(column(row, name)) if name is not None and (name in row or self.chosen("id")) else str(number)
+
     def demonstration(self, item: Item) -> str | None:
         """The answer that an example shows; None where the data holds none."""
         return item.gold

@@ -53,7 +53,8 @@ def items_of(folder: Path, spec: dict[str, Any]) -> tuple[Any, list[Item]]:
 @pytest.mark.parametrize("form", ROWS)
 def test_published_forms_give_the_published_prompt(tmp_path: Path, form: str) -> None:
     name = form.split("_")[0]
-    _, (item,) = items_of(tmp_path, {"method": name, "path": write(tmp_path / "q.jsonl", ROWS[form])})
+    task, (item,) = items_of(tmp_path, {"method": name, "path": write(tmp_path / "q.jsonl", ROWS[form])})
+    assert items_of(tmp_path, task.spec())[1] == [item]  # with every option written out, as in a resolved recipe
     assert (item.prompt, item.reference) == (PROMPTS[name], 1)
     assert (item.text is not None) == (name in ("arc", "piqa"))  # continued as plain text; the others ask in the chat
 
@@ -309,6 +310,24 @@ def test_a_gold_scores_one_and_nothing_scores_zero(tmp_path: Path, name: str) ->
     assert {key for key, value in verdict.items() if isinstance(value, (int, float))} == {
         key for key, value in nothing.items() if isinstance(value, (int, float))
     }
+
+
+def test_named_columns_count_for_every_row(tmp_path: Path) -> None:
+    name = write(tmp_path / "q.jsonl", ROWS["arc"])
+    for options in ({"question": "qestion"}, {"id": "key"}):
+        with pytest.raises(BadInput, match=f"no column '{next(iter(options.values()))}'"):
+            items_of(tmp_path, {"method": "arc", "path": name, **options})
+
+
+@pytest.mark.parametrize("mode", ["loglik", "generate"])
+@pytest.mark.parametrize("name", ["mcq", "arc", "winogrande", "pubmedqa", "commonsenseqa"])
+def test_choices_in_every_mode(tmp_path: Path, name: str, mode: str) -> None:
+    path = write(tmp_path / "q.jsonl", SAMPLES[name])
+    for options in (
+        {"choose": c, "format": f, "best_by": b} for c in ("letter", "text") for f in ("chat", "plain") for b in ("acc", "acc_mutual_info")
+    ):
+        task, (item,) = items_of(tmp_path, {"method": name, "path": path, "mode": mode, **options})
+        assert task.score(item, task.perfect(item))["correct"] == 1 and task.score(item, Output())["correct"] == 0
 
 
 @pytest.mark.parametrize("name", names("task"))

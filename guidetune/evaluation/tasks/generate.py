@@ -67,11 +67,10 @@ class Generate(RowTask):
     def item(self, row: Mapping[str, Any], number: int) -> Item:
         references = texts(column(row, self.reference), self.reference)
         meta = breakdown(row, skill=self.skill, difficulty=self.difficulty, category=self.category)
-        identity = str(column(row, self.id)) if self.id else str(number)
         gold: str | None = f"\\boxed{{{references[0]}}}" if self.match == "boxed" else references[0]
         if self.match == "regex":
             gold = None  # what an output that fits the pattern looks like, only its author knows
-        return Item(identity, ask(fill(self.prompt, row), self.system), reference=references, gold=gold, meta=meta)
+        return Item(self.identity(row, number), ask(fill(self.prompt, row), self.system), reference=references, gold=gold, meta=meta)
 
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         text: str | None = output.text

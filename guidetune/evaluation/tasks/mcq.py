@@ -28,7 +28,7 @@ class MultipleChoice(RowTask):
     """
 
     default_new_tokens: ClassVar[int] = 512
-    # Columns of other published copies of the data: those of a row that lacks the first ones, unless the user names columns.
+    # Columns of other published copies of the data; those that the user names count for every copy.
     layouts: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     mode: Literal["loglik", "generate"] = Field("loglik", description="Rate the choices, or generate and read the chosen one.")
@@ -59,11 +59,10 @@ class MultipleChoice(RowTask):
         return {**row, "question": column(row, self.layout(row)["question"])}
 
     def layout(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The names of the columns `question`, `options` and `answer` in this row."""
+        """The names of the columns `question`, `options` and `answer`: of the known forms the one that fits the row best."""
         own = {"question": self.question, "options": self.options, "answer": self.answer}
-        if own.keys() & self.model_fields_set:
-            return own
-        return next((names for names in (own, *self.layouts) if _has(row, names)), own)
+        given = {name: value for name, value in own.items() if self.chosen(name)}
+        return max(({**names, **given} for names in (own, *self.layouts)), key=lambda names: _present(row, names))
 
     def parts(self, row: Mapping[str, Any]) -> tuple[list[str], list[str], int]:
         """The options' texts, their letters and the place of the right one.
@@ -74,11 +73,6 @@ class MultipleChoice(RowTask):
         names = self.layout(row)
         texts, labels = _options(row, names["options"])
         return texts, labels, _right(column(row, names["answer"]), names["answer"], texts, labels)
-
-    def identity(self, row: Mapping[str, Any], number: int) -> str:
-        """The item's id: the named column; of a copy without the usual column, the row's number."""
-        known = self.id is not None and (self.id in row or "id" in self.model_fields_set)
-        return str(column(row, str(self.id))) if known else str(number)
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
         row = self.unified(row)
@@ -150,9 +144,10 @@ class MultipleChoice(RowTask):
         return Output(loglik=loglik, prior_loglik=(0.0,) * len(loglik) if item.prior is not None else None)
 
 
-def _has(row: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
-    asked = [name for value in names.values() for name in ([value] if isinstance(value, str) else value)]
-    return all(name.split(".")[0] in row for name in asked)
+def _present(row: Mapping[str, Any], names: Mapping[str, Any]) -> int:
+    """How many of the three the row has."""
+    lists = [[value] if isinstance(value, str) else value for value in names.values()]
+    return sum(all(name.split(".")[0] in row for name in one) for one in lists)
 
 
 def _options(row: Mapping[str, Any], names: str | Sequence[str]) -> tuple[list[str], list[str]]:

@@ -27,7 +27,7 @@ class PubMedQA(MultipleChoice):
     id: str | None = Field("realidx", description="Column of a unique id (null: the row's number).")
 
     def unified(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        if "options" in row or self.model_fields_set & {"question", "options", "answer"}:
+        if "options" in row or self.chosen("question", "options", "answer", "context"):
             return row
         made = {**row, "options": dict(zip("ABC", WORDS, strict=True))}
         if "final_decision" in row:  # the original release

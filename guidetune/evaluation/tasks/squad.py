@@ -52,8 +52,7 @@ class Squad(RowTask):
         right = self.right(row)
         prompt = fill(self.template, self.asked(row))
         where: dict[str, Any] = {"text": prompt} if self.format == "plain" else {"messages": ask(prompt, self.system)}
-        identity = str(column(row, str(self.id))) if self.id in row or "id" in self.model_fields_set and self.id else str(number)
-        return Item(identity, **where, reference=right, gold=right[0], meta=breakdown(row, category=self.category))
+        return Item(self.identity(row, number), **where, reference=right, gold=right[0], meta=breakdown(row, category=self.category))
 
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         short = first_line(output.text)

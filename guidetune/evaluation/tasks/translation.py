@@ -79,8 +79,13 @@ class Translation(RowTask):
         languages = self.languages or [LANGUAGES.get(name.lower(), name) for name in (self.source, self.target)]
         names = dict(zip(("source_language", "target_language"), languages, strict=True))
         prompt = ask(fill(self.template, {**row, **names, "source": source}), self.system)
-        identity = str(column(row, self.id)) if self.id else str(number)
-        return Item(identity, prompt, reference=target, gold=target, meta={"source": source, **breakdown(row, category=self.category)})
+        return Item(
+            self.identity(row, number),
+            prompt,
+            reference=target,
+            gold=target,
+            meta={"source": source, **breakdown(row, category=self.category)},
+        )
 
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         return {"correct": sentence_chrf(output.text.strip(), item.reference)}

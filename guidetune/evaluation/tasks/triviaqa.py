@@ -31,8 +31,8 @@ class TriviaQA(Squad):
 
     def right(self, row: Mapping[str, Any]) -> list[str]:
         answer = row.get("answer")
-        if isinstance(answer, Mapping) and "answers" not in self.model_fields_set:
+        if isinstance(answer, Mapping) and not self.chosen("answers"):
             aliases = column(answer, "aliases")
             return list(dict.fromkeys([*texts(column(answer, "value"), "value"), *(texts(aliases, "aliases") if aliases != [] else [])]))
         found = super().right(row)
-        return list(dict.fromkeys([answer, *found])) if isinstance(answer, str) and "answers" not in self.model_fields_set else found
+        return list(dict.fromkeys([answer, *found])) if isinstance(answer, str) and not self.chosen("answers") else found

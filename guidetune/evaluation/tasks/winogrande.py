@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -33,11 +34,11 @@ class WinoGrande(MultipleChoice):
         return [f"{context} {rest}" for context in contexts], ["A", "B"], right
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
-        if self.format == "chat":
+        if self.format == "chat" or self.mode == "generate":
             return super().item(row, number)
         contexts, rest, right = self._sentence(row)
         sentences, labels, _ = self.parts(row)
-        return Item(
+        item = Item(
             self.identity(row, number),
             text="\n".join(f"{context} ..." for context in contexts),
             contexts=tuple(contexts),
@@ -47,6 +48,7 @@ class WinoGrande(MultipleChoice):
             meta=breakdown(row, category=self.category),
             payload=(labels, sentences),
         )
+        return replace(item, prior=self.without_question(item, text=""))
 
     def _sentence(self, row: Mapping[str, Any]) -> tuple[list[str], str, int]:
         """The two beginnings, the rest and the place of the right one."""
