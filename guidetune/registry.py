@@ -153,9 +153,14 @@ def _run_file(name: str, path: Path) -> None:
         _loaded.update(before)
         if isinstance(error, BadInput) or not isinstance(error, Exception):
             raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise BadInput(f"{path}{f':{line}' if line else ''}: the file does not run: {type(error).__name__}: {error}") from error
+        raise BadInput(own_fault(str(path), "the file does not run", error)) from error
+
+
+def own_fault(origin: str, what: str, error: Exception) -> str:
+    """An error in a user's own file as `file:line: what: error`."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f"{origin}{f':{line}' if line else ''}: {what}: {type(error).__name__}: {error}"
 
 
 def option_problems(cls: type[BaseModel], error: ValidationError) -> list[str]:

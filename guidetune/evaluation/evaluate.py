@@ -25,7 +25,7 @@ from guidetune.evaluation.results import judge, summarise
 from guidetune.evaluation.statistics import paired
 from guidetune.evaluation.task import Item, Output, Task, TaskContext
 from guidetune.progress import Bar, progress
-from guidetune.registry import source_file
+from guidetune.registry import own_fault, source_file
 
 if TYPE_CHECKING:
     from guidetune.evaluation.engines import Engine, Generate
@@ -89,8 +89,15 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
             continue
         try:
             items = _limited(task.items(TaskContext(Path(root))), task.limit or settings.limit, settings.seed)
+            if task.origin is not None and items:
+                _rehearse(task, items[0])
         except BadInput as error:
             problems += error.problems
+            continue
+        except Exception as error:
+            if task.origin is None:
+                raise
+            problems.append(own_fault(task.origin, f"task {label} fails before the model has said anything", error))
             continue
         if not items:
             problems.append(f"task {label} has no items")
@@ -106,6 +113,19 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
     if problems:
         raise BadInput(problems)
     return found
+
+
+def _rehearse(task: Task, item: Item) -> None:
+    """Judge one made-up output with a user's own task: its mistakes are told before the model runs."""
+    loglik = tuple(-1.0 for _ in item.choices or ())
+    made_up = {"generate": Output(text="x"), "loglik": Output(loglik=loglik, prior_loglik=loglik), "nll": Output(nll=1.0, tokens=1)}
+    mode = getattr(task, "mode", None)
+    if mode not in made_up:
+        raise BadInput(f"{task.origin}: mode = {mode!r}: a task says how a model answers, by mode = {', '.join(map(repr, made_up))}")
+    verdict = task.score(item, task.perfect(item) or made_up[mode])
+    correct = verdict.get("correct") if isinstance(verdict, dict) else None
+    if not isinstance(correct, (int, float)):
+        raise BadInput(f"{task.origin}: score() gave {verdict!r}; it gives a mapping with a number `correct`")
 
 
 def _limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:

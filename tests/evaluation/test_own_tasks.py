@@ -144,6 +144,26 @@ def test_faults_name_the_file_and_the_line(own: Path, name: str, text: str, mess
     assert registry.get("task", "gsm8k").__module__ == "guidetune.evaluation.tasks.gsm8k"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def score(", "def scor(", "TypeError: task Shouting does not define score"),
+        ('mode = "generate"', "", "mode = None: a task says how a model answers"),
+        ('"correct": int(', '"right": int(', "a mapping with a number `correct`"),
+        (
+            "output.text ==",
+            "output.txt ==",
+            "shouting.py:15: task shouting fails .* AttributeError: 'Output' object has no attribute 'txt'",
+        ),
+        ("text.upper()", "text.uper()", "shouting.py:12: task shouting fails .* AttributeError"),
+    ],
+)
+def test_mistakes_of_a_class_are_told_before_the_model_runs(own: Path, old: str, new: str, message: str) -> None:
+    (own / "shouting.py").write_text(PYTHON.replace(old, new))
+    with pytest.raises(BadInput, match=message):
+        plan([only_task("own/shouting.py:path=own/tickets.jsonl")])
+
+
 def test_a_missing_file(own: Path) -> None:
     with pytest.raises(BadInput, match="there is no task file .*ticket.yaml .did you mean 'tickets.yaml'"):
         only_task("own/ticket.yaml")
