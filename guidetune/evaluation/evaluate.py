@@ -120,8 +120,10 @@ def _rehearse(task: Task, item: Item) -> None:
     loglik = tuple(-1.0 for _ in item.choices or ())
     made_up = {"generate": Output(text="x"), "loglik": Output(loglik=loglik, prior_loglik=loglik), "nll": Output(nll=1.0, tokens=1)}
     mode = getattr(task, "mode", None)
+    if mode not in ANSWER:
+        raise BadInput(f"{task.origin}: mode = {mode!r}: a task says how a model answers, by mode = {', '.join(map(repr, ANSWER))}")
     if mode not in made_up:
-        raise BadInput(f"{task.origin}: mode = {mode!r}: a task says how a model answers, by mode = {', '.join(map(repr, made_up))}")
+        return
     verdict = task.score(item, task.perfect(item) or made_up[mode])
     correct = verdict.get("correct") if isinstance(verdict, dict) else None
     if not isinstance(correct, (int, float)):
