@@ -53,6 +53,7 @@ class Method(BaseModel):
 
 M = TypeVar("M", bound=type[Method])
 _loaded: dict[tuple[str, str], type[Method]] = {}
+_own: dict[str, list[type[Method]]] = {}  # module of a user's own file -> what it registers
 
 
 def method(*, kind: str, name: str, summary: str, paper: str | None = None) -> Callable[[M], M]:
@@ -126,9 +127,9 @@ def load_file(kind: str, path: Path) -> type[Method]:
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{kind} file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:12]}"
-    if name not in sys.modules:
-        _run_file(name, path)
-    found = [cls for (of, _), cls in _loaded.items() if of == kind and cls.__module__ == name]
+    if name not in _own:
+        _own[name] = _run_file(name, path)
+    found = [cls for cls in _own[name] if cls.kind == kind]
     if len(found) != 1:
         several = f"registers several: {', '.join(cls.name for cls in found)}; put each in a file of its own"
         none = f"registers none; decorate its class with @method(kind={kind!r}, name=..., summary=...)"
@@ -137,23 +138,28 @@ def load_file(kind: str, path: Path) -> type[Method]:
     return found[0]
 
 
-def _run_file(name: str, path: Path) -> None:
+def _run_file(name: str, path: Path) -> list[type[Method]]:
+    """The methods that a file registers; they are known by the file and not by their names."""
     before = dict(_loaded)
     spec = spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        for kind, called in _loaded:
-            if _loaded[kind, called].__module__ == name and called in names(kind):
+        found = {key: cls for key, cls in _loaded.items() if cls.__module__ == name}
+        for kind, called in found:
+            if called in names(kind):
                 raise BadInput(f"{path}: there is a {kind} called {called!r} already; give yours another name")
-    except BaseException as error:
+    except Exception as error:
         del sys.modules[name]
-        _loaded.clear()
-        _loaded.update(before)
-        if isinstance(error, BadInput) or not isinstance(error, Exception):
+        if isinstance(error, BadInput):
             raise
         raise BadInput(own_fault(str(path), "the file does not run", error)) from error
+    finally:
+        _loaded.update(before)
+        for key in [key for key, cls in _loaded.items() if cls.__module__ == name]:
+            del _loaded[key]
+    return list(found.values())
 
 
 def own_fault(origin: str, what: str, error: Exception) -> str:

@@ -82,7 +82,14 @@ def test_one_python_file(own: Path) -> None:
     assert task.spec()["method"] == str(own / "shouting.py") and registry.build("task", task.spec()) == task
     (own / "loud.yaml").write_text("method: shouting.py\npath: tickets.jsonl\nmarks: 3\n")
     assert plan([only_task("own/loud.yaml")])[0].items[0].reference == "TICKET 0!!!"
-    assert "shouting" not in registry.names("task")
+    # Two files may use one name; neither is known by it elsewhere.
+    (own / "quiet.py").write_text(PYTHON.replace("text.upper()", "text.lower()"))
+    assert {plan([only_task(f"own/{name}", data=own / "tickets.jsonl")])[0].items[0].gold for name in ("quiet.py", "shouting.py")} == {
+        "ticket 0!",
+        "TICKET 0!",
+    }
+    with pytest.raises(BadInput, match="'shouting': unknown task"):
+        only_task("shouting", data=own / "tickets.jsonl")
 
 
 def test_the_examples_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
