@@ -415,7 +415,10 @@ def merge(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, adapter folder, hub id or world:instruct.", show_default=False)],
     tasks: Annotated[
-        list[str], typer.Option("--tasks", metavar="A,B", help="Tasks: gsm8k, gsm8k:path=F,limit=100 or {method: gsm8k, path: F}.")
+        list[str],
+        typer.Option(
+            "--tasks", metavar="A,B", help="Tasks: gsm8k, gsm8k:path=F,limit=100, {method: gsm8k, path: F} or your own mytask.yaml."
+        ),
     ],
     data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="File of the task, or folder with a file for each.")] = None,
     sets: Annotated[
@@ -432,6 +435,9 @@ def evaluate(
     folder = out or Path("runs") / ("eval-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model).strip("-"))
     results = pipeline.evaluate_model(model, section, folder)
     _print(_score_table(results))
+    for label, result in results.items():
+        for note in result.get("notes", ()):
+            print(f"{label}: {note}")
     print(f"results: {folder}")
 
 
@@ -768,7 +774,7 @@ def _test_prompts(recipe: Recipe) -> list[str] | None:
     from guidetune.evaluation.task import TaskContext
 
     context = TaskContext(recipe.root)
-    return [item.prompt for task in [*recipe.evaluate.task, *recipe.evaluate.general] for item in task.items(context)]
+    return [item.question or item.prompt for task in [*recipe.evaluate.task, *recipe.evaluate.general] for item in task.items(context)]
 
 
 def _print(what: Any) -> None:
@@ -886,8 +892,9 @@ def _score_table(results: dict[str, Any]) -> Any:
 
     from guidetune.report import numbers
 
-    table = Table("task", "metric", "score", "95 % interval", "n", box=None, pad_edge=False, header_style="bold")
+    table = Table("task", "metric", "score", "95 % interval", "n", "also", box=None, pad_edge=False, header_style="bold")
     for label, result in results.items():
         score, interval = numbers.score(result.get("score")), numbers.interval(result.get("ci"))
-        table.add_row(label, str(result.get("metric", "")), score, interval, numbers.count(result.get("n")))
+        also = ", ".join(f"{key} {numbers.score(value)}" for key, value in result["metrics"].items() if key != result["metric"])
+        table.add_row(label, str(result.get("metric", "")), score, interval, numbers.count(result.get("n")), also)
     return table

@@ -129,26 +129,80 @@ def _build(kind: str, default: str | None = None) -> Callable[[Any, ValidationIn
         spec = {"method": value} if isinstance(value, str) else value
         if isinstance(spec, Mapping) and default is not None:
             spec = {"method": default, **spec}
+        if isinstance(spec, Mapping) and "method" not in spec and _is_method_file(spec.get("path")):
+            spec = {"method": spec["path"], **{key: given for key, given in spec.items() if key != "path"}}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("method"), str):
             _raise([_fault((), f"a {kind} is written as its name or as {{method: name, option: value}}", value)])
         name = spec["method"]
-        if name not in registry.names(kind):
-            hint = registry.nearest(name, registry.names(kind))
-            _raise([_fault(("method",) if isinstance(value, Mapping) else (), f"unknown {kind}{hint}", name)])
-        cls = registry.get(kind, name)
+        root = info.context.get("root") if info.context else None
+        here = ("method",) if isinstance(value, Mapping) and "method" in value else ()
+        options = {k: v for k, v in spec.items() if k != "method"}
         try:
-            built = cls(**{k: v for k, v in spec.items() if k != "method"})
+            if _is_method_file(name):
+                cls, options = _method_file(kind, name, options, root or Path.cwd())
+            elif name not in registry.names(kind):
+                _raise([_fault(here, f"unknown {kind}{registry.nearest(name, registry.names(kind))}", name)])
+            else:
+                cls = registry.get(kind, name)
+        except BadInput as error:
+            _raise([_fault(here, text, name) for text in error.problems])
+        try:
+            built = cls(**options)
         except ValidationError as error:
             _raise(_pydantic_faults(cls, error, name))
         except BadInput as error:
             _raise([_fault((), text, value) for text in error.problems])
-        if info.context and (root := info.context.get("root")) is not None:
+        if root is not None:
             built, faults = _place_paths(built, root)
             if faults:
                 _raise(faults)
         return built
 
     return validate
+
+
+def _is_method_file(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith((".yaml", ".yml", ".py"))
+
+
+def _method_file(kind: str, name: str, options: Mapping[str, Any], root: Path) -> tuple[type[registry.Method], dict[str, Any]]:
+    """Class and options of a user's own method: a Python file with the class, or a YAML file with `method` and its options.
+
+    `options` come before those of the YAML file, whose relative paths start at its own folder.
+
+    Raises:
+        BadInput: no such file, or one that is no method of the kind; faults of a YAML file come with their lines.
+    """
+    path = Path(name).expanduser()
+    path = next((place for place in (root / path, path) if place.is_file()), root / path)
+    if path.suffix == ".py":
+        return registry.get(kind, str(path)), dict(options)
+    problems: list[str] = []
+    origins = _Origins(str(path))
+    tree = _read(_text(path, f"{kind} file"), str(path), origins, problems)
+    inner = tree.pop("method", None)
+    if not isinstance(inner, str):
+        problems.append(f"{path}: needs `method`, the {kind} that it sets up{registry.nearest('', registry.names(kind))}")
+    if problems:
+        raise BadInput(problems)
+    if _is_method_file(inner) and not inner.endswith(".py"):
+        raise BadInput(f"{origins.of(('method',))}: method = {inner!r}: a {kind} or a Python file, not another YAML file")
+    try:
+        cls, _ = _method_file(kind, inner, {}, path.parent) if _is_method_file(inner) else (registry.get(kind, inner), None)
+    except BadInput as error:
+        raise BadInput([f"{origins.of(('method',))}: {problem}" for problem in error.problems]) from None
+    for key, given in tree.items():
+        if isinstance(given, str) and (key == "path" or key.endswith("_path")):
+            beside = path.parent / Path(given).expanduser()
+            tree[key] = str(beside.resolve()) if beside.exists() else given
+    if "label" in cls.model_fields:
+        tree.setdefault("label", path.stem)
+    try:
+        cls(**{**tree, **options})
+    except ValidationError as error:
+        if any(not fault["loc"] or fault["loc"][0] not in options for fault in error.errors()):
+            raise BadInput(_problems(error, tree, origins, cls)) from None
+    return cls, {**tree, **options}
 
 
 def _build_source(value: Any, info: ValidationInfo) -> Any:
@@ -660,25 +714,30 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         BadInput: with every fault found, each as `file:line: key = value: what is wrong (did you mean ...?)`.
     """
     path = Path(path)
+    text = _text(path, "recipe")
+    folder = path.resolve().parent
+    return parse(text, str(path), folder, overrides)
+
+
+def _text(path: Path, what: str) -> str:
+    """The text of a YAML file that a user wrote."""
     try:
         if path.is_dir():
             inside = path / "recipe.yaml"
-            raise BadInput(f"{path} is a folder, not a recipe" + (f"; it holds {inside}" if inside.is_file() else ""))
+            raise BadInput(f"{path} is a folder, not a {what}" + (f"; it holds {inside}" if inside.is_file() else ""))
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        folder = path.resolve().parent
     except FileNotFoundError:
-        raise BadInput(f"there is no recipe {path}{_beside(path)}") from None
+        raise BadInput(f"there is no {what} {path}{_beside(path)}") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise BadInput(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
-        raise BadInput(f"{path} has more than {MAX_BYTES // 1024} KB: not a recipe, which is a short YAML file that names data files")
+        raise BadInput(f"{path} has more than {MAX_BYTES // 1024} KB: not a {what}, which is a short YAML file that names data files")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise BadInput(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text") from None
-    return parse(text, str(path), folder, overrides)
 
 
 def parse(text: str, file: str = "recipe", root: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -721,9 +780,11 @@ def from_mapping(tree: Mapping[str, Any], root: Path | None = None) -> Recipe:
 
 
 def evaluation(tasks: Iterable[str], data: Path | None = None, overrides: Iterable[str] = ()) -> Evaluate:
-    """The evaluate section from a command line: `gsm8k`, `gsm8k:path=F,limit=5` or `{method: gsm8k, path: F}`, several by commas.
+    """The evaluate section from a command line: `gsm8k`, `gsm8k:path=F,limit=5`, `{method: gsm8k, path: F}` or the YAML or Python file of
+    a user's own task, several by commas.
 
-    `data` is the file of every task that names none, or a folder with one for each (`gsm8k.jsonl`, or a folder `gsm8k`).
+    `data` is the file of every task that names none, or a folder with one for each (`gsm8k.jsonl`, or a folder `gsm8k`), also one level
+    further down.
 
     Raises:
         BadInput: with every fault found.
@@ -733,10 +794,13 @@ def evaluation(tasks: Iterable[str], data: Path | None = None, overrides: Iterab
     if not specs and not problems:
         problems.append(f"--tasks: name at least one of {', '.join(registry.names('task'))}")
     for spec in specs:
-        cls = registry.get("task", spec["method"]) if spec.get("method") in registry.names("task") else None
-        if data is not None and cls is not None and "path" in cls.model_fields and "path" not in spec:
-            spec["path"] = str(_file_for(spec["method"], data))
-        if data is not None and cls is not None and "folder" in cls.model_fields:
+        try:
+            cls: Any = registry.get("task", str(spec.get("method")))
+        except BadInput:
+            continue  # told with the rest, or a YAML file, which names its data
+        if data is not None and "path" in cls.model_fields and "path" not in spec:
+            spec["path"] = str(_file_for((cls.name, *cls.files), data))
+        if data is not None and "folder" in cls.model_fields:
             spec.setdefault("folder", str(data))
     tree: dict[str, Any] = {"task": specs}
     origins = _Origins("--tasks")
@@ -789,16 +853,26 @@ def _task_spec(text: str, problems: list[str]) -> dict[str, Any]:
     return spec
 
 
-def _file_for(name: str, data: Path) -> Path:
-    """The file of a task below a folder of data files; the folder's own path when there is none, so that the message names it."""
-    if data.is_dir():
-        for folder in (data / name, data):
-            files = sorted(p for p in folder.glob("*") if p.is_file()) if folder.is_dir() else []
-            own = [p for p in files if p.name.split(".")[0] in ((name,) if folder == data else ("test", name))]
-            if own or (folder != data and len(files) == 1):
-                return (own or files)[0]
-        return data / f"{name}.jsonl"
-    return data
+def _file_for(names: Sequence[str], data: Path) -> Path:
+    """The file of a task below a folder of data files; the folder's own path when there is none, so that the message names it.
+
+    Looked for in this order, under each of the task's names: the only file of a folder NAME, or the one there with `test` or NAME in its
+    own name; a file NAME.* in the folder; a file NAME.* one level further down.
+    """
+    if not data.is_dir():
+        return data
+    for name in names:
+        inside = _files(data / name)
+        own = [p for p in inside if "test" in re.split(r"[._-]", p.name) or p.name.split(".")[0] == name]
+        below = [p for folder in sorted(data.iterdir()) if folder.is_dir() for p in _files(folder)]
+        named = [p for p in (*_files(data), *below) if p.name.split(".")[0] == name]
+        if found := (own or (inside if len(inside) == 1 else []) or named):
+            return found[0]
+    return data / f"{names[0]}.jsonl"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith(".")) if folder.is_dir() else []
 
 
 def _by_line(problem: str) -> tuple[int, int]:

@@ -12,11 +12,14 @@ In a recipe it is written `gift` or `{method: gift, power: 2.0}`.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import pkgutil
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -43,14 +46,16 @@ class Method(BaseModel):
     name: ClassVar[str] = ""
     paper: ClassVar[str | None] = None
     summary: ClassVar[str] = ""
+    origin: ClassVar[str | None] = None  # the user's own Python file that it comes from
 
     def spec(self) -> dict[str, Any]:
-        """The method as it stands in a resolved recipe: its name and every option."""
-        return {"method": self.name, **self.model_dump(mode="json")}
+        """The method as it stands in a resolved recipe: its name (of a user's own: its file) and every option."""
+        return {"method": self.origin or self.name, **self.model_dump(mode="json")}
 
 
 M = TypeVar("M", bound=type[Method])
 _loaded: dict[tuple[str, str], type[Method]] = {}
+_own: dict[str, list[type[Method]]] = {}  # module of a user's own file -> what it registers
 
 
 def method(*, kind: str, name: str, summary: str, paper: str | None = None) -> Callable[[M], M]:
@@ -77,7 +82,9 @@ def names(kind: str) -> list[str]:
 
 
 def get(kind: str, name: str) -> type[Method]:
-    """The class of a method; BadInput with the nearest name when there is none."""
+    """The class of a method, or of a user's own in the Python file `name`; BadInput with the nearest name when there is none."""
+    if name.endswith(".py"):
+        return load_file(kind, Path(name))
     if (kind, name) in _loaded:
         return _loaded[kind, name]
     if name not in names(kind):
@@ -106,6 +113,62 @@ def build(kind: str, spec: str | Mapping[str, Any] | Method) -> Any:
         raise BadInput(option_problems(cls, error)) from None
     except TypeError:
         raise BadInput(f"{kind} {spec['method']!r}: option names must be strings, got {list(options)}") from None
+
+
+def load_file(kind: str, path: Path) -> type[Method]:
+    """The method of `kind` that a user's own Python file registers with `@method`.
+
+    The file is run: name only files that you trust.
+
+    Raises:
+        BadInput: no such file, a file that does not run, or one that does not register exactly one new method of the kind.
+    """
+    try:
+        path = path.expanduser().resolve()
+        source = path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{kind} file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:12]}"
+    if name not in _own:
+        _own[name] = _run_file(name, path)
+    found = [cls for cls in _own[name] if cls.kind == kind]
+    if len(found) != 1:
+        several = f"registers several: {', '.join(cls.name for cls in found)}; put each in a file of its own"
+        none = f"registers none; decorate its class with @method(kind={kind!r}, name=..., summary=...)"
+        raise BadInput(f"{path}: a {kind} file registers one {kind}, and this one {several if found else none}")
+    found[0].origin = str(path)
+    return found[0]
+
+
+def _run_file(name: str, path: Path) -> list[type[Method]]:
+    """The methods that a file registers; they are known by the file and not by their names."""
+    before = dict(_loaded)
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = {key: cls for key, cls in _loaded.items() if cls.__module__ == name}
+        for kind, called in found:
+            if called in names(kind):
+                raise BadInput(f"{path}: there is a {kind} called {called!r} already; give yours another name")
+    except Exception as error:
+        del sys.modules[name]
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(own_fault(str(path), "the file does not run", error)) from error
+    finally:
+        _loaded.update(before)
+        for key in [key for key, cls in _loaded.items() if cls.__module__ == name]:
+            del _loaded[key]
+    return list(found.values())
+
+
+def own_fault(origin: str, what: str, error: Exception) -> str:
+    """An error in a user's own file as `file:line: what: error`."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f"{origin}{f':{line}' if line else ''}: {what}: {type(error).__name__}: {error}"
 
 
 def option_problems(cls: type[BaseModel], error: ValidationError) -> list[str]:

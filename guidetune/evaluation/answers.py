@@ -120,6 +120,11 @@ def squeeze(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").strip()
 
 
+def first_line(text: str) -> str:
+    """The first line that is not blank: base models go on with a question of their own."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
 def normal_text(text: str, articles: bool = True) -> str:
     """Lower case, no ASCII punctuation, one space between words; without a/an/the when `articles` is False (SQuAD)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)

@@ -1,12 +1,14 @@
 """evaluate(): put tasks to a model and keep every item's result.
 
 Each task is one artefact folder `<out>/<label>/` with `items.jsonl` (one line per item) and a manifest; it is reused when model,
-chat template, items, options and code are the same. A killed evaluation goes on from the items it had finished.
+chat template, items, options and code are the same. Results under other settings are kept in `<out>/.earlier`. A killed evaluation goes
+on from the items it had finished.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ from guidetune.evaluation.results import judge, summarise
 from guidetune.evaluation.statistics import paired
 from guidetune.evaluation.task import Item, Output, Task, TaskContext
 from guidetune.progress import Bar, progress
-from guidetune.registry import source_file
+from guidetune.registry import own_fault, source_file
 
 if TYPE_CHECKING:
     from guidetune.evaluation.engines import Engine, Generate
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 ITEMS = "items.jsonl"
 OUTPUTS = "outputs.jsonl"
+EARLIER = ".earlier"  # results of a task under other settings
 
 
 class EvalSettings(BaseModel):
@@ -86,8 +89,15 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
             continue
         try:
             items = _limited(task.items(TaskContext(Path(root))), task.limit or settings.limit, settings.seed)
+            if task.origin is not None and items:
+                _rehearse(task, items[0])
         except BadInput as error:
             problems += error.problems
+            continue
+        except Exception as error:
+            if task.origin is None:
+                raise
+            problems.append(own_fault(task.origin, f"task {label} fails before the model has said anything", error))
             continue
         if not items:
             problems.append(f"task {label} has no items")
@@ -103,6 +113,21 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
     if problems:
         raise BadInput(problems)
     return found
+
+
+def _rehearse(task: Task, item: Item) -> None:
+    """Judge one made-up output with a user's own task: its mistakes are told before the model runs."""
+    loglik = tuple(-1.0 for _ in item.choices or ())
+    made_up = {"generate": Output(text="x"), "loglik": Output(loglik=loglik, prior_loglik=loglik), "nll": Output(nll=1.0, tokens=1)}
+    mode = getattr(task, "mode", None)
+    if mode not in ANSWER:
+        raise BadInput(f"{task.origin}: mode = {mode!r}: a task says how a model answers, by mode = {', '.join(map(repr, ANSWER))}")
+    if mode not in made_up:
+        return
+    verdict = task.score(item, task.perfect(item) or made_up[mode])
+    correct = verdict.get("correct") if isinstance(verdict, dict) else None
+    if not isinstance(correct, (int, float)):
+        raise BadInput(f"{task.origin}: score() gave {verdict!r}; it gives a mapping with a number `correct`")
 
 
 def _limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
@@ -174,14 +199,13 @@ def _run(
         store.remove()
         return {**summarise(task, lines, samples, settings.seed), "cost": {"tokens": tokens, "cut": cut}}
 
-    options = {key: value for key, value in task.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
     key: dict[str, Any] = {
         "stage": "evaluate",
         "code": code_version(type(task)),
         "model": handle.fingerprint,
         "dtype": str(handle.model.dtype),
         "chat": handle.chat.digest if handle.chat is not None else None,
-        "task": options,
+        "task": task.deciding(),
         "items": fingerprint([_content(item) for item in planned.items]),
         "seed": settings.seed,
     }
@@ -199,6 +223,7 @@ def _run(
             return stage(out / planned.label, key, build)
         return shared_stage(store / f"evaluate-{fingerprint(key)[:16]}", out / planned.label, key, build)
 
+    group.once(lambda: _swap_in(out, planned.label, key))
     return _task_result(group.follow(lead, build))
 
 
@@ -217,8 +242,25 @@ def finished_results(planned: Sequence[Planned], out: Path) -> dict[str, dict[st
     return found
 
 
+def _swap_in(out: Path, label: str, key: dict[str, Any]) -> None:
+    """Put a finished result of other settings aside, and bring back one of these: going to and fro between settings runs nothing twice."""
+    folder, earlier, there = out / label, out / EARLIER, finished(out / label)
+    back = earlier / f"{label}-{fingerprint(key)[:16]}"
+    try:
+        if there is not None and there["fingerprint"] != fingerprint(key):
+            aside = earlier / f"{label}-{there['fingerprint'][:16]}"
+            earlier.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if not folder.exists() and finished(back, key) is not None:
+            back.rename(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+
+
 def _content(item: Item) -> list[Any]:
-    return [item.id, [dict(message) for message in item.messages], item.text, item.reference, item.choices, dict(item.meta)]
+    content = [item.id, [dict(message) for message in item.messages], item.text, item.reference, item.choices, dict(item.meta)]
+    return [*content, item.contexts, _content(item.prior) if item.prior is not None else None]
 
 
 @cache
@@ -253,7 +295,7 @@ class _Store:
             for line in raw[: raw.rfind(b"\n") + 1].splitlines():
                 row = json.loads(line)
                 key = (row.pop("id"), row.pop("sample"))
-                row["loglik"] = tuple(row["loglik"]) if row["loglik"] is not None else None
+                row |= {name: tuple(row[name]) for name in ("loglik", "prior_loglik") if row[name] is not None}
                 row["windows"] = tuple((nll, count) for nll, count in row["windows"])
                 row["responses"] = tuple(row["responses"])
                 self.done[key] = Output(**row)
@@ -324,12 +366,15 @@ def _loglik(handle: ModelHandle, planned: Planned, settings: EvalSettings, store
 
     context = context_length(handle.model)
     for items in _slices(store.open_items(planned.items)):
-        documents, cuts = _fit(_continuations(handle, items), context)
+        priors = [item.prior for item in items if item.prior is not None]
+        documents, cuts = _fit(_continuations(handle, [*items, *priors]), context)
         scores = continuation_log_probs(handle.model, documents, batch_tokens=settings.batch_tokens, tick=lambda rows, _: bar.advance(rows))
-        for item, choices, cut in zip(items, scores, cuts, strict=True):
-            loglik = tuple(sum(values) for values in choices)
-            _expect_numbers(loglik, item)
-            store.add(item, Output(loglik=loglik, cut=cut))
+        logliks = [tuple(sum(values) for values in choices) for choices in scores]
+        of_priors = iter(logliks[len(items) :])
+        for item, loglik, cut in zip(items, logliks, cuts, strict=False):
+            prior = next(of_priors) if item.prior is not None else None
+            _expect_numbers([*loglik, *(prior or ())], item)
+            store.add(item, Output(loglik=loglik, prior_loglik=prior, cut=cut))
 
 
 def _slices(items: list[Item], size: int = 1024) -> Iterable[list[Item]]:
@@ -338,28 +383,38 @@ def _slices(items: list[Item], size: int = 1024) -> Iterable[list[Item]]:
 
 
 def _continuations(handle: ModelHandle, items: Sequence[Item]) -> list[list[Continuation]]:
-    """Each item's choices as continuations: after the assistant header in a chat, after a space in plain text."""
+    """Each item's choices as continuations: after the assistant header in a chat, after a space in plain text.
+
+    Of an empty text (the prior of a plain question) the continuation is the choice after the space, predicted from BOS.
+    """
     from guidetune.data.chat import Refused
     from guidetune.evaluation.scoring import Continuation
 
     documents: list[list[Continuation]] = []
     chats = [[*item.messages, {"role": "assistant", "content": choice}] for item in items if item.messages for choice in item.choices or ()]
     encoded = iter(handle.chat.encode_many(chats) if handle.chat is not None else ())
-    plain = [item for item in items if not item.messages]
-    texts = list(dict.fromkeys(text for item in plain for text in (item.text, *(f"{item.text} {choice}" for choice in item.choices or ()))))
+    contexts = {id(item): item.contexts or (item.text,) * len(item.choices or ()) for item in items if not item.messages}
+    pairs = [
+        (before, choice)
+        for item in items
+        if not item.messages
+        for before, choice in zip(contexts[id(item)], item.choices or (), strict=True)
+    ]
+    texts = list(dict.fromkeys(text for before, choice in pairs for text in (before, f"{before} {choice}")))
     ids = dict(zip(texts, handle.tokenizer(texts)["input_ids"], strict=True)) if texts else {}  # one call: most of its cost is the call
     for item in items:
         document = []
-        for choice in item.choices or ():
+        for place, choice in enumerate(item.choices or ()):
             if item.messages:
                 row = next(encoded)
                 if isinstance(row, Refused):
                     raise BadInput(f"task item {item.id}, choice {choice!r}: {row.reason}: {row.detail}")
                 # The choice is what training would learn, without the stop token.
-                end = max(place for place, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
+                end = max(i for i, target in enumerate(row.target) if target) + (0 if row.ends_with_stop else 1)
                 document.append(Continuation(tuple(row.input_ids[:end]), row.prompt_length))
             else:
-                before, whole = ids[item.text], ids[f"{item.text} {choice}"]
+                context = contexts[id(item)][place]
+                before, whole = ids[context], ids[f"{context} {choice}"]
                 if not before:
                     start = _first_token(handle)
                     before, whole = [start], [start, *whole]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import comb, exp, log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from guidetune.errors import BadInput
 from guidetune.evaluation.answers import normal_text
 
 
@@ -48,17 +51,23 @@ def calibration_error(confidence: Sequence[float], correct: Sequence[float], bin
     return float(total / conf.size)
 
 
-def choice_scores(loglik: Sequence[float], choices: Sequence[str]) -> dict[str, int]:
-    """The index chosen by log-likelihood (`acc`), per character (`acc_norm`) and per UTF-8 byte (`acc_bytes`); ties go to the first."""
+def choice_scores(loglik: Sequence[float], choices: Sequence[str], prior: Sequence[float] | None = None) -> dict[str, int]:
+    """The index chosen by log-likelihood (`acc`), per character (`acc_norm`) and per UTF-8 byte (`acc_bytes`); ties go to the first.
+
+    With `prior`, the log-likelihoods without the question, also by `ll(c | question) - ll(c)` (`acc_mutual_info`).
+    """
 
     def best(values: Sequence[float]) -> int:
         return max(range(len(values)), key=lambda i: (values[i], -i))
 
-    return {
+    found = {
         "acc": best(loglik),
         "acc_norm": best([ll / max(1, len(c)) for ll, c in zip(loglik, choices, strict=True)]),
         "acc_bytes": best([ll / max(1, len(c.encode())) for ll, c in zip(loglik, choices, strict=True)]),
     }
+    if prior is not None:
+        found["acc_mutual_info"] = best([ll - alone for ll, alone in zip(loglik, prior, strict=True)])
+    return found
 
 
 def softmax(values: Sequence[float]) -> list[float]:
@@ -69,7 +78,9 @@ def softmax(values: Sequence[float]) -> list[float]:
 
 def truthful_mass(loglik: Sequence[float], true: Sequence[bool]) -> float:
     """TruthfulQA MC2 (arXiv 2109.07958): share of probability on true answers, `p = exp(ll)`, no length norm."""
-    return sum(p for p, t in zip(softmax(loglik), true, strict=True) if t)
+    shares = softmax(loglik)
+    right, wrong = (sum(p for p, t in zip(shares, true, strict=True) if bool(t) is kind) for kind in (True, False))
+    return right / (right + wrong)
 
 
 def perplexity(nll: float, tokens: int) -> float:
@@ -93,8 +104,14 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def rouge_l(prediction: str, references: Sequence[str], tokenize: Callable[[str], list[str]] | None = None) -> float:
     """ROUGE-L F1 with stemming, the largest over the references.
 
-    The default tokenizer keeps only a-z and 0-9: give `tokenize` (a model tokenizer's, say) for other scripts.
+    The default tokenizer keeps only a-z and 0-9: give `tokenize` (`byte_level_tokens`, say) for other scripts.
     """
+    scorer = _rouge(tokenize)
+    return float(max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references))
+
+
+@cache
+def _rouge(tokenize: Callable[[str], list[str]] | None) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     class Tokenizer:
@@ -102,19 +119,46 @@ def rouge_l(prediction: str, references: Sequence[str], tokenize: Callable[[str]
             assert tokenize is not None
             return tokenize(text)
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True, tokenizer=Tokenizer() if tokenize else None)
-    return max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=Tokenizer() if tokenize else None)
+
+
+@cache
+def byte_level_tokens(path: str | None = None) -> Callable[[str], list[str]]:
+    """Tokens of any script by a byte-level BPE: that of a tokenizer.json, or the embedded world's, which every model is measured with.
+
+    Raises:
+        BadInput: the file is no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    from guidetune.world.export import WEIGHTS
+
+    file = Path(path) if path is not None else WEIGHTS / "instruct" / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise BadInput(f"{file} is not a tokenizer.json: {error}") from None
+    return lambda text: tokenizer.encode(text.strip(), add_special_tokens=False).tokens
+
+
+def squad_words(text: str) -> list[str]:
+    """The words of SQuAD's normalisation: lower case, no ASCII punctuation, no a, an, the (unless nothing else is there: "The The")."""
+    return normal_text(text, articles=False).split() or normal_text(text).split()
+
+
+def squad_exact(prediction: str, references: Sequence[str]) -> float:
+    """1.0 when the prediction equals a reference after SQuAD's normalisation."""
+    return float(any(squad_words(prediction) == squad_words(reference) for reference in references))
 
 
 def squad_f1(prediction: str, references: Sequence[str]) -> float:
-    """Token-multiset F1 after SQuAD's normalisation (articles dropped), the largest over the references."""
+    """`2 |shared| / (|prediction| + |reference|)` over multisets of SQuAD's words, the largest over the references."""
 
     def f1(reference: str) -> float:
-        a, b = normal_text(prediction, articles=False).split(), normal_text(reference, articles=False).split()
-        shared = sum((Counter(a) & Counter(b)).values())
+        a, b = squad_words(prediction), squad_words(reference)
         if not a or not b:
             return float(a == b)
-        return 2 * shared / (len(a) + len(b))
+        return 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
 
     return max(f1(reference) for reference in references)
 
@@ -126,6 +170,18 @@ def translation(hypotheses: Sequence[str], references: Sequence[str], tokenize: 
     scorers = {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF(), "chrf++": CHRF(word_order=2), "ter": TER()}
     scores = {name: scorer.corpus_score(list(hypotheses), [list(references)]).score for name, scorer in scorers.items()}
     return {**scores, "signatures": {name: str(scorer.get_signature()) for name, scorer in scorers.items()}}
+
+
+def sentence_chrf(hypothesis: str, reference: str) -> float:
+    """chrF++ (characters to 6, words to 2, beta 2) of one sentence by sacrebleu, from 0 to 1."""
+    return float(_chrf().sentence_score(hypothesis, [reference]).score) / 100
+
+
+@cache
+def _chrf() -> Any:
+    from sacrebleu.metrics import CHRF
+
+    return CHRF(word_order=2)
 
 
 def forgetting(scores: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -37,6 +37,8 @@ def judge(task: Task, item: Item, outputs: Sequence[Output]) -> dict[str, Any]:
     if task.mode == "generate":
         line["finished"] = sum(one.finished for one in outputs) / len(outputs)
         line.setdefault("tokens", sum(one.tokens for one in outputs))
+    if output.prior_loglik is not None:
+        line["choices_prior_loglik"] = list(output.prior_loglik)
     line["meta"] = dict(item.meta)
     if any(one.cut for one in outputs):
         line["cut"] = max(one.cut for one in outputs)
@@ -53,7 +55,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
     values = [float(line["correct"]) for line in lines]
     weights = _weights(lines)
     metrics: dict[str, Any] = {}
-    skip = {"tokens", "nll", "cut", "correct"} if weights is not None else {"tokens", "cut"}
+    skip = {"reference", "tokens", "cut", *(("nll", "correct") if weights is not None else ())}
     for key in numbers(lines[0]):
         if key not in skip:
             metrics[task.metric if key == "correct" else key] = sum(line[key] for line in lines) / len(lines)
@@ -65,6 +67,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         right = [sum(1 for one in line["samples"] if one["correct"] >= 1) for line in lines]
         metrics.update({f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in range(1, samples + 1)})
     metrics.update(task.overall(lines))
+    extra: dict[str, Any] = {"notes": notes} if (notes := task.notes(lines)) else {}
     score = task.scale(mean(values, weights))
     metrics.setdefault(name, score)
     return {
@@ -75,6 +78,7 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         "higher_is_better": task.higher_is_better,
         "metrics": {key: finite(value) for key, value in metrics.items()},
         "by": {key: groups for key in BREAKDOWNS if (groups := _by(task, lines, key))},
+        **extra,
     }
 
 

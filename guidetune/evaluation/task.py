@@ -13,13 +13,15 @@ The chat template is always the model's own. Items with `text` instead of messag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from guidetune.artefacts import derive_seed
 from guidetune.errors import BadInput
 from guidetune.registry import Method, nearest
 
@@ -41,6 +43,10 @@ class Item:
         text: plain text in place of messages.
         reference: what `score` compares with.
         choices: the answers that a `loglik` task rates.
+        contexts: plain text before each choice, where choices do not share one (WinoGrande); `text` is then only shown, and
+            `reference` the place of the right one.
+        prior: the same choices without the question (messages or text of this item), rated too, for mutual information.
+        question: the question alone, where `messages` or `text` hold examples before it.
         gold: a perfect output, where the data holds one (tests feed it back: it must score 1).
         meta: `skill`, `difficulty` and `category` break the score down; anything else is kept beside the result.
         payload: an object that `score` needs; not written to disk.
@@ -51,6 +57,9 @@ class Item:
     text: str | None = None
     reference: Any = None
     choices: tuple[str, ...] | None = None
+    contexts: tuple[str, ...] | None = None
+    prior: Item | None = None
+    question: str | None = None
     gold: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     payload: Any = field(default=None, repr=False, compare=False)
@@ -65,6 +74,8 @@ class Item:
 class Output:
     """What a model gave for one item. `loglik`: summed log-probability of each choice; `nll`: of the item's `tokens` targets, in nats.
 
+    `prior_loglik` is `loglik` of the item's `prior`.
+
     `windows` are the (nll, tokens) of the parts of a long text. `finished`: generation met a stop token; `cut`: tokens removed from
     an item too long for the model. `responses`: what an `own` task got, as JSON values.
     """
@@ -74,6 +85,7 @@ class Output:
     finished: bool = True
     cut: int = 0
     loglik: tuple[float, ...] | None = None
+    prior_loglik: tuple[float, ...] | None = None
     nll: float | None = None
     windows: tuple[tuple[float, int], ...] = ()
     responses: tuple[Any, ...] = ()
@@ -105,6 +117,9 @@ class TaskContext:
 class Task(Method):
     """Base of every task."""
 
+    # Constants of a class that are text (`mode = "generate"`) need no annotation.
+    model_config = ConfigDict(ignored_types=(str,))
+
     if TYPE_CHECKING:
         mode: str  # "generate", "loglik", "nll" or "own": a constant of the class, or an option
 
@@ -112,6 +127,7 @@ class Task(Method):
     higher_is_better: ClassVar[bool] = True
     default_new_tokens: ClassVar[int] = 512
     shorthand: ClassVar[str | None] = None  # the option that a bare word means on a command line: `lm_eval:hellaswag`
+    files: ClassVar[tuple[str, ...]] = ()  # names, besides the method's, under which its data is published (`--data DIR` looks for them)
 
     label: str | None = Field(None, description="Name of the task in results (default: the method's name); unique in a run.")
     limit: PositiveInt | None = Field(None, description="At most this many items, drawn by the seed; the same ones for every model.")
@@ -132,6 +148,14 @@ class Task(Method):
     def outside(self) -> Any:
         """What decides the results of an `own` task besides items, options and this package's code: part of its key."""
         return None
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide a result; the others (where a judge's server is, say) may change without a new evaluation."""
+        return {key: value for key, value in self.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
+
+    def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Sentences that must be read beside the score; kept in the result and printed under the table."""
+        return []
 
     def default_label(self) -> str:
         """What results are filed under when the user gives no label."""
@@ -170,7 +194,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        return str(column(row, match[1]))
+        found = column(row, match[1])
+        if found is None:
+            raise BadInput(f"column {match[1]!r} is empty (null)")
+        return str(found)
 
     return _HOLE.sub(value, template)
 
@@ -188,6 +215,18 @@ def column(row: Mapping[str, Any], name: str) -> Any:
             raise BadInput(f"no column {name!r}{nearest(part, there)}")
         value = value[part]
     return value
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """A text or number, or each of a list of them, as texts.
+
+    Raises:
+        BadInput: nothing there, or something else.
+    """
+    found = value if isinstance(value, list) else [value]
+    if not found or any(isinstance(one, bool) or not isinstance(one, (str, int, float)) for one in found):
+        raise BadInput(f"{name} = {str(value)[:60]!r} is neither a text nor a list of texts")
+    return [str(one) for one in found]
 
 
 def breakdown(row: Mapping[str, Any], **columns: str | None) -> dict[str, Any]:
@@ -210,24 +249,112 @@ def read_rows(source: SourceSpec, ctx: TaskContext) -> Iterator[tuple[int, dict[
 
 
 class RowTask(Task):
-    """A task whose items are the rows of one data source."""
+    """A task whose items are the rows of one data source, with worked examples before the question where `shots` asks for them.
+
+    In a chat an example is a turn of its own, in the model's own template; in plain text examples and question are set apart by an empty
+    line. An item is never its own example.
+    """
+
+    default_shots: ClassVar[int] = 5  # when only shots_path is given
 
     path: str = Field(description="Data file (jsonl, json, csv, parquet, .gz) from the recipe's folder or the current one; or a hub id.")
     split: str = Field("test", description="Split of a folder or hub data set.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    where: dict[str, Any] = Field(default_factory=dict, description="Only rows whose columns have these values (of a list: one of them).")
+    shots: NonNegativeInt | None = Field(None, description="Worked examples before each question (default: 0; with shots_path 5).")
+    shots_path: str | None = Field(None, description="File or folder of the examples (default: that of the questions).")
+    shots_split: str | None = Field(None, description="Split of the examples in a folder or hub data set (default: that of the questions).")
+    shots_order: Literal["first", "random"] = Field("first", description="The first rows, or a draw that is the same for every question.")
+    shots_seed: NonNegativeInt = Field(0, description="Seed of that draw.")
+    shots_by: str | None = Field(None, description="Column in which examples equal their question, such as the subject.")
+    header: str | None = Field(None, description="Text before the first example or the question; {column} is replaced.")
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
         """The item of row `number` (from 0)."""
         raise TypeError(f"task {type(self).__name__} does not define item()")
 
+    def wanted(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row is a question of this task; the others are skipped."""
+        values = {name: one if isinstance(one, list) else [one] for name, one in self.where.items()}
+        return all(column(row, name) in allowed for name, allowed in values.items())
+
+    def chosen(self, *options: str) -> bool:
+        """Whether one of these options has another value than its default: then it counts for every row."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in options)
+
+    def identity(self, row: Mapping[str, Any], number: int) -> str:
+        """The item's id: the column that the option `id` names; where it names none, or the usual one is not there, the row's number."""
+        name = getattr(self, "id", None)
+        return str(column(row, name)) if name is not None and (name in row or self.chosen("id")) else str(number)
+
+    def demonstration(self, item: Item) -> str | None:
+        """The answer that an example shows; None where the data holds none."""
+        return item.gold
+
     def items(self, ctx: TaskContext) -> list[Item]:
+        rows = self._read(self.path, self.split, ctx)
+        shots = self.shots if self.shots is not None else self.default_shots if self.shots_path is not None else 0
+        groups: dict[str, list[Item]] = {}
+        if shots and rows:
+            pool = self._read(self.shots_path or self.path, self.shots_split or self.split, ctx)
+            if self.shots_order == "random":
+                pool.sort(key=lambda one: derive_seed(self.shots_seed, "shots", one[1].id))
+            for row, example in pool:
+                groups.setdefault(self._group(row), []).append(example)
+        found = []
+        for row, item in rows:
+            if shots:
+                item = self._with_examples(item, groups.get(self._group(row), []), shots, self._group(row))
+            found.append(item if self.header is None else _headed(item, fill(self.header, row)))
+        return found
+
+    def _group(self, row: Mapping[str, Any]) -> str:
+        return str(column(row, self.shots_by)) if self.shots_by else ""
+
+    def _with_examples(self, item: Item, pool: Iterable[Item], shots: int, group: str) -> Item:
+        others = (one for one in pool if (one.messages, one.text) != (item.messages, item.text))
+        examples = [(one, self.demonstration(one)) for one in islice(others, shots)]
+        source = self.shots_path or self.path
+        if len(examples) < shots:
+            of = f" with {self.shots_by} = {group!r}" if self.shots_by else ""
+            raise BadInput(f"task {self.label or self.name}: {shots} shots, and {source} has {len(examples)} examples{of}")
+        if any(answer is None for _, answer in examples):
+            raise BadInput(f"task {self.label or self.name}: {source} holds no answers that examples could show; set shots: 0")
+        if item.messages:
+            system = tuple(message for message in item.messages[:1] if message["role"] == "system")
+            turns: list[Mapping[str, Any]] = []
+            for one, answer in examples:
+                turns += [*(m for m in one.messages if m["role"] != "system"), {"role": "assistant", "content": str(answer)}]
+            return replace(item, messages=(*system, *turns, *item.messages[len(system) :]), question=item.prompt)
+        before = "".join(f"{one.contexts[one.reference] if one.contexts else one.text} {answer}\n\n" for one, answer in examples)
+        contexts = tuple(before + context for context in item.contexts) if item.contexts else None
+        return replace(item, text=f"{before}{item.text}", contexts=contexts, question=item.prompt)
+
+    def deciding(self) -> dict[str, Any]:
+        # Files count by what is in them (the items and the class's code), not by where they are.
+        return {key: value for key, value in super().deciding().items() if key != "shots_path"} | {"method": self.name}
+
+    def _read(self, path: str, split: str, ctx: TaskContext) -> list[tuple[dict[str, Any], Item]]:
         from guidetune.data.sources import SourceSpec
 
         found = []
-        for number, (line, row) in enumerate(read_rows(SourceSpec(path=self.path, split=self.split, subset=self.subset), ctx)):
+        for number, (line, row) in enumerate(read_rows(SourceSpec(path=path, split=split, subset=self.subset), ctx)):
             try:
-                found.append(self.item(row, number))
+                if self.wanted(row):
+                    found.append((row, self.item(row, number)))
             except BadInput as error:
-                place = f"task {self.label or self.name}: {self.path}, line {line}"
+                place = f"task {self.label or self.name}: {path}, line {line}"
                 raise BadInput([f"{place}: {problem}" for problem in error.problems]) from None
         return found
+
+
+def _headed(item: Item, header: str) -> Item:
+    """The item with a text before everything that a user says in it."""
+    question = item.question if item.question is not None else item.prompt
+    if item.messages:
+        first = next(i for i, message in enumerate(item.messages) if message["role"] == "user")
+        messages = [dict(message) for message in item.messages]
+        messages[first]["content"] = f"{header}\n\n{messages[first]['content']}"
+        return replace(item, messages=tuple(messages), question=question)
+    contexts = tuple(f"{header}\n\n{context}" for context in item.contexts) if item.contexts else None
+    return replace(item, text=f"{header}\n\n{item.text}", contexts=contexts, question=question)

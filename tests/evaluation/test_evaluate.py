@@ -118,6 +118,8 @@ def test_what_changes_a_result_makes_it_new(llama: Any, handle_of: Any, data: Pa
     assert runs(model, SUMS, limit=3)
     assert runs(model, {**SUMS, "max_new_tokens": 5})
     assert runs(llama(2), {**SUMS, "max_new_tokens": 5})
+    assert not runs(model, SUMS)  # earlier results are kept
+    assert not runs(llama(2), {**SUMS, "max_new_tokens": 5})
     text = (data / "sums.jsonl").read_text().replace("What is 3", "What was 3")
     (data / "sums.jsonl").write_text(text)
     assert runs(llama(2), {**SUMS, "max_new_tokens": 5})

@@ -11,7 +11,7 @@ from guidetune.evaluation.evaluate import ANSWER, EvalSettings, plan
 from guidetune.evaluation.task import Item, Output, Task, TaskContext, column, fill
 from guidetune.registry import build, get, names
 
-REAL = [
+REAL: list[Any] = [
     ({"method": "gsm8k", "path": "gsm8k/test.jsonl"}, 1319),
     ({"method": "math500", "path": "math500/test.jsonl", "grader": "exact"}, 500),
     ({"method": "medqa", "path": "medqa/test_4options.jsonl"}, 1273),
@@ -21,14 +21,20 @@ REAL = [
     ({"method": "medmcqa", "path": "medmcqa/dev_single_choice.jsonl", "mode": "generate"}, 2816),
     ({"method": "pubmedqa", "path": "pubmedqa/test.jsonl"}, 500),
     ({"method": "pubmedqa", "path": "pubmedqa/test.jsonl", "mode": "generate"}, 500),
-    ({"method": "mcq", "path": "mmlu_medical/test.jsonl", "category": "subject"}, 1089),
-    (
-        {
-            "method": "mcq", "path": "general_qa/arc_challenge.jsonl", "question": "query", "options": "choices", "answer": "gold",
-            "template": "{question}", "choose": "text", "format": "plain",
-        },
-        1172,
-    ),
+    ({"method": "pubmedqa", "path": "pubmedqa/pqa_l_1000_prompted.jsonl.gz"}, 1000),
+    ({"method": "mmlu_medical", "path": "mmlu_medical/test.jsonl"}, 1089),
+    ({"method": "arc_challenge", "path": "general_qa/arc_challenge.jsonl"}, 1172),
+    ({"method": "arc_easy", "path": "general_qa/arc_easy.jsonl.gz", "best_by": "acc_mutual_info"}, 2376),
+    ({"method": "piqa", "path": "general_qa/piqa.jsonl.gz"}, 1838),
+    ({"method": "commonsenseqa", "path": "general_qa/commonsense_qa.jsonl"}, 1221),
+    ({"method": "winogrande", "path": "general_qa/winogrande.jsonl"}, 1267),
+    ({"method": "winogrande", "path": "general_qa/winogrande.jsonl", "format": "chat"}, 1267),
+    ({"method": "truthfulqa", "path": "truthfulqa/fold_0_test.csv"}, 409),
+    ({"method": "truthfulqa", "path": "truthfulqa/fold_0_train.csv", "best_by": "mc1"}, 326),
+    ({"method": "triviaqa", "path": "general_qa/triviaqa.jsonl.gz"}, 3000),
+    ({"method": "translation", "path": "mt_medical/es_en_test_2000.jsonl.gz", "source": "es", "target": "en"}, 2000),
+    pytest.param({"method": "super_ni", "path": "super_ni/tasks.jsonl.gz"}, 8800, marks=pytest.mark.slow),
+    pytest.param({"method": "super_ni", "path": "super_ni/tasks.jsonl.gz", "split": "train"}, 8589, marks=pytest.mark.slow),
     ({"method": "generate", "path": "gsm8k/test.jsonl", "prompt": "{question}", "reference": "answer", "match": "number"}, 1319),
     (
         {"method": "generate", "path": "general_qa/triviaqa.jsonl.gz", "prompt": "{context}", "reference": "aliases", "match": "contains"},
@@ -37,7 +43,7 @@ REAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spec", "count"), REAL, ids=[f"{spec['method']}-{spec['path']}-{i}" for i, (spec, _) in enumerate(REAL)])
+@pytest.mark.parametrize(("spec", "count"), REAL, ids=lambda value: f"{value['method']}-{value['path']}" if isinstance(value, dict) else "")
 def test_golds_score_one_and_nothing_scores_zero(shared_data: Path, spec: dict[str, Any], count: int) -> None:
     task = build("task", spec)
     items = plan([task], root=shared_data)[0].items

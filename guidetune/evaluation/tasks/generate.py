@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from guidetune.evaluation.answers import boxed, clean_number, normal_text, number_answer, same_number
 from guidetune.evaluation.maths import hendrycks_form, verified
-from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill
+from guidetune.evaluation.task import Item, Output, RowTask, ask, breakdown, column, fill, texts
 from guidetune.registry import method
 
 
@@ -65,14 +65,12 @@ class Generate(RowTask):
         return self
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
-        value = column(row, self.reference)
-        references = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        references = texts(column(row, self.reference), self.reference)
         meta = breakdown(row, skill=self.skill, difficulty=self.difficulty, category=self.category)
-        identity = str(column(row, self.id)) if self.id else str(number)
         gold: str | None = f"\\boxed{{{references[0]}}}" if self.match == "boxed" else references[0]
         if self.match == "regex":
             gold = None  # what an output that fits the pattern looks like, only its author knows
-        return Item(identity, ask(fill(self.prompt, row), self.system), reference=references, gold=gold, meta=meta)
+        return Item(self.identity(row, number), ask(fill(self.prompt, row), self.system), reference=references, gold=gold, meta=meta)
 
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         text: str | None = output.text

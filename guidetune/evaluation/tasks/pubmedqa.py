@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from guidetune.errors import BadInput
-from guidetune.evaluation.task import column
+from guidetune.evaluation.task import column, texts
 from guidetune.evaluation.tasks.mcq import MultipleChoice
 from guidetune.registry import method
+
+WORDS = ("yes", "no", "maybe")
 
 
 @method(kind="task", name="pubmedqa", paper="1909.06146", summary="Yes, no or maybe, from a biomedical abstract.")
@@ -23,6 +25,21 @@ class PubMedQA(MultipleChoice):
     )
     context: str | None = Field(None, description="Column of the abstract (default: what stands before the last line of the question).")
     id: str | None = Field("realidx", description="Column of a unique id (null: the row's number).")
+
+    def unified(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "options" in row or self.chosen("question", "options", "answer", "context"):
+            return row
+        made = {**row, "options": dict(zip("ABC", WORDS, strict=True))}
+        if "final_decision" in row:  # the original release
+            context = column(row, "context.contexts") if isinstance(row.get("context"), Mapping) else column(row, "CONTEXTS")
+            question = row["question"] if "question" in row else column(row, "QUESTION")
+            parts = [*texts(context, "contexts"), *texts(question, "question")]
+            return {**made, "question": "\n".join(parts), "answer_idx": row["final_decision"]}
+        if "continuation" in row:  # finished prompts
+            abstract, _, asked = str(column(row, "context")).removeprefix("Context: ").rpartition("\nQuestion: ")
+            question = asked.partition("\n")[0]
+            return {**made, "question": f"{abstract}\n{question}", "answer_idx": row["continuation"]}
+        return row
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         question = str(column(row, self.question)).strip()
