@@ -72,7 +72,7 @@ def _code_in(text: str) -> str:
 
 
 # Records what the functions under test return, and goes on after a failure: the behaviour of a program on the tests' inputs.
-_RECORDER = '''
+_RECORDER = """
 __seen = []
 def __record(function):
     def called(*args, **kwargs):
@@ -84,7 +84,13 @@ def __record(function):
         __seen.append(repr(value)[:10000])
         return value
     return called
-'''
+"""
+
+
+_SHOW = """
+import hashlib as __hashlib
+print("\\nbehaviour", __hashlib.sha256(repr(__seen).encode()).hexdigest())
+"""
 
 
 class _WithoutAsserts(ast.NodeTransformer):
@@ -96,7 +102,7 @@ class _WithoutAsserts(ast.NodeTransformer):
 
 
 def behaviour(code: str, problem: Problem) -> str | None:
-    """A program that prints what `code` returns for the inputs in the tests, without looking at what they expect; None when it cannot be made."""
+    """A program that prints what `code` returns for the inputs in the tests, whatever they expect; None when it cannot be made."""
     try:
         tree = ast.parse(problem.tests)
         called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
@@ -107,7 +113,7 @@ def behaviour(code: str, problem: Problem) -> str | None:
     wrap = "\n".join(f"{name} = __record({name})" for name in wrapped)
     tests = ast.unparse(ast.fix_missing_locations(_WithoutAsserts().visit(tree)))
     call = f"try:\n    {problem.call}\nexcept Exception:\n    pass" if problem.call else ""
-    return "\n".join([code, _RECORDER, wrap, tests, call, "import hashlib as __h", 'print("\\nbehaviour", __h.sha256(repr(__seen).encode()).hexdigest())'])
+    return "\n".join([code, _RECORDER, wrap, tests, call, _SHOW])
 
 
 class CodeTask(RowTask):

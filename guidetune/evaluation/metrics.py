@@ -62,7 +62,7 @@ def majority_at_k(votes: Sequence[Sequence[int]], correct: Sequence[Sequence[flo
     """maj@k of each item: the mean over subsets of k of its n samples of `correct` of the subset's majority vote.
 
     In a subset the largest group of equal votes wins; ties go to the group of its earliest sample; a subset without a vote scores 0. All
-    C(n, k) subsets are taken up to 2000, else 400 that are drawn from the seed. votes, correct: [items, n]; votes as `same_votes` gives them.
+    C(n, k) subsets are taken up to 2000, else 400 that are drawn from the seed. votes (of `same_votes`), correct: [items, n].
     """
     n = len(votes[0])
     if comb(n, k) <= EXACT_SUBSETS:

@@ -44,7 +44,9 @@ def judge(task: Task, item: Item, outputs: Sequence[Output], judged: Sequence[Ma
 
 
 def curves(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed: int) -> dict[str, Any]:
-    """Scores against the number k of samples, k = 1, 2, 4, ..., n, from all n: `{"k", "avg", "pass", "maj", "ci": {"avg": [[lo, hi], ...], ...}}`.
+    """Scores against the number k of samples, k = 1, 2, 4, ..., n, from all n.
+
+    `{"k", "avg", "pass", "maj", "ci": {"avg": [[lo, hi], ...], ...}}`
 
     `pass`: unbiased pass@k. `maj`: mean over the subsets of k samples of whether their majority answer is right (`metrics.majority_at_k`).
     `avg`: the mean over all subsets is the same for every k; its interval is that of an evaluation with k samples, so it narrows

@@ -1,6 +1,6 @@
 """The inside of `sandbox.run`: give up every right, then become the program. Standard library only; run as a script by `sandbox`.
 
-    sandboxed.py HOW FOLDER SECONDS MEMORY_MB FILE_MB PYTHON PREFIX  < program
+sandboxed.py HOW FOLDER SECONDS MEMORY_MB FILE_MB PYTHON PREFIX  < program
 """
 
 from __future__ import annotations

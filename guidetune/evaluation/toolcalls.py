@@ -42,8 +42,8 @@ class Parsed:
 def read_calls(text: str) -> Parsed:
     """The calls in an output; none when nothing in it can be read as one.
 
-    Read are JSON (`{"name", "arguments"}`, also `parameters`, OpenAI's `{"function": {...}}` with its arguments as text, and `{name: {...}}`; alone,
-    in a list, in `<tool_call>` or `<function_call>` tags, after `[TOOL_CALLS]` or `<|python_tag|>`), `<function=name>` tags, and Python:
+    Read are JSON (`{"name", "arguments"}`, also `parameters`, OpenAI's `{"function": {...}}` with arguments as text, `{name: {...}}`;
+    alone, in a list, in `<tool_call>` or `<function_call>` tags, after `[TOOL_CALLS]` or `<|python_tag|>`), `<function=name>` tags, and Python:
     `[f(a=1), g.h(b='x')]`. Around them thinking, code fences and prose are taken away, and trailing commas or Python's literals in JSON
     mended; each is a repair.
     """
@@ -261,7 +261,9 @@ def ast_match(call: Call, function: Mapping[str, Any], gold: Mapping[str, Mappin
             return "unexpected_param", key
         allowed, kind = answers[key], properties[key].get("type", "any")
         wanted = TYPES.get(kind, str)
-        inner = TYPES.get(properties[key]["items"].get("type", "any")) if kind in ("array", "tuple") and "items" in properties[key] else None
+        inner = (
+            TYPES.get(properties[key]["items"].get("type", "any")) if kind in ("array", "tuple") and "items" in properties[key] else None
+        )
         value = list(given) if isinstance(given, tuple) and kind == "tuple" else given
         if kind == "float" and type(value) is int:
             value = float(value)
@@ -332,9 +334,18 @@ def python_text(calls: Sequence[Call]) -> str:
 # Exact judgement and the error classes of TL-Training
 
 REWARDS: dict[str, float] = {
-    "correct": 1.0, "wrong value": -0.25, "redundant": -0.5, "missing": -0.5, "hallucinated parameter": -0.8, "redundant + missing": -1.0,
-    "hallucinated + one": -1.3, "wrong tool": -1.5, "hallucinated + redundant + missing": -1.8, "hallucinated tool": -2.0, "unparsable": -2.0,
-}  # fmt: skip
+    "correct": 1.0,
+    "wrong value": -0.25,
+    "redundant": -0.5,
+    "missing": -0.5,
+    "hallucinated parameter": -0.8,
+    "redundant + missing": -1.0,
+    "hallucinated + one": -1.3,
+    "wrong tool": -1.5,
+    "hallucinated + redundant + missing": -1.8,
+    "hallucinated tool": -2.0,
+    "unparsable": -2.0,
+}
 
 
 def error_class(call: Call | None, gold: Call, functions: Sequence[Mapping[str, Any]]) -> str:

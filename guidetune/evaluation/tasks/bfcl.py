@@ -14,13 +14,21 @@ from guidetune.data.sources import SourceSpec
 from guidetune.errors import BadInput
 from guidetune.evaluation.task import Item, Output, RowTask, TaskContext, column, read_rows
 from guidetune.evaluation.toolcalls import (
-    REWARDS, Call, argument_f1, error_class, first_allowed, match_calls, python_text, read_calls, with_dots,
+    REWARDS,
+    Call,
+    argument_f1,
+    error_class,
+    first_allowed,
+    match_calls,
+    python_text,
+    read_calls,
+    with_dots,
 )  # fmt: skip
 from guidetune.registry import method
 
 SYSTEM = (
     "You can call these functions:\n{functions}\n\n"
-    "When functions of this list answer the request, reply with the calls only, in the form [name(key=value, ...), ...] with Python literals. "
+    "When functions of this list answer the request, reply with the calls only, as [name(key=value, ...), ...] with Python literals. "
     "When none does, or something that a call needs is not given, say so in words and call nothing."
 )
 

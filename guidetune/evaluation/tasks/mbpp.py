@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt
@@ -15,7 +16,7 @@ PARTS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train"
 SHOTS = (2, 3, 4)  # the paper's three examples
 
 
-@method(kind="task", name="mbpp", paper="2108.07732", summary="Short Python functions from a sentence and three tests, judged by running them.")
+@method(kind="task", name="mbpp", paper="2108.07732", summary="Short Python functions from a sentence and three tests, judged by running.")
 class MBPP(CodeTask):
     """974 problems, of which the paper tests 11 to 510. Needs `allow_code`. The tests are shown in the prompt, as in the paper."""
 
@@ -35,12 +36,13 @@ class MBPP(CodeTask):
         setup = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
         problem = Problem("", None, "\n".join([setup, *tests]))
         meta = {"task_id": int(column(row, "task_id"))}
+        identity = str(meta["task_id"])
         if self.format == "plain":
-            text = f"{asked}[BEGIN]\n"
-            return Item(str(meta["task_id"]), text=text, reference=code, gold=f"{code}\n[DONE]" if code else None, meta=meta, payload=problem)
+            gold = f"{code}\n[DONE]" if code else None
+            return Item(identity, text=f"{asked}[BEGIN]\n", reference=code, gold=gold, meta=meta, payload=problem)
         prompt = ask(f"{asked}\n{self.closing}", self.system)
         gold = f"```python\n{code}\n```" if code else None
-        return Item(str(meta["task_id"]), prompt, reference=code, gold=gold, meta=meta, payload=problem)
+        return Item(identity, prompt, reference=code, gold=gold, meta=meta, payload=problem)
 
     def items(self, ctx: TaskContext) -> list[Item]:
         found = super().items(ctx)
@@ -53,7 +55,6 @@ class MBPP(CodeTask):
             return item
         if self.format == "plain":
             before = "".join(f"{one.text}{one.gold}\n\n\n" for one in examples)
-            return Item(item.id, text=before + str(item.text), reference=item.reference, gold=item.gold, meta=item.meta, payload=item.payload)
+            return replace(item, text=before + str(item.text))
         turns = [turn for one in examples for turn in (one.messages[-1], {"role": "assistant", "content": one.gold})]
-        messages = (*item.messages[:-1], *turns, item.messages[-1])
-        return Item(item.id, messages, reference=item.reference, gold=item.gold, meta=item.meta, payload=item.payload)
+        return replace(item, messages=(*item.messages[:-1], *turns, item.messages[-1]))
