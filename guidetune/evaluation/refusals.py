@@ -118,7 +118,7 @@ class RefusalTask(RowTask):
             right, wrong = FOUND[self.matcher]
             return [
                 f"refusals were found by the list of phrases {self.matcher!r}, which is rough: on labelled answers of Mistral-Instruct "
-                f"(XSTest) it finds {right} of 49 full refusals and takes {wrong} of 374 answers for refusals; a judge reads them (docs/judge.md)",
+                f"(XSTest) it finds {right} of 49 full refusals and takes {wrong} of 374 answers for refusals; see docs/judge.md",
                 *found,
             ]
         first = lines[0]["samples"][0] if "samples" in lines[0] else lines[0]

@@ -18,8 +18,12 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 163
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # the same number on every architecture
 
-# Becomes the program: its source is read before it starts, so that its own standard input is empty.
-START = "import sys; exec(compile(sys.stdin.read(), '<program>', 'exec'), vars(sys.modules['__main__']))"
+# Becomes the program: its source is read before it starts, so that its own standard input is empty. What it printed comes before an error.
+START = """
+import sys
+sys.excepthook = lambda *error: (sys.stdout.flush(), sys.__excepthook__(*error))
+exec(compile(sys.stdin.read(), "<program>", "exec"), vars(sys.modules["__main__"]))
+"""
 
 GUARD = """
 def guard():

@@ -43,7 +43,7 @@ def read_calls(text: str) -> Parsed:
     """The calls in an output; none when nothing in it can be read as one.
 
     Read are JSON (`{"name", "arguments"}`, also `parameters`, OpenAI's `{"function": {...}}` with arguments as text, `{name: {...}}`;
-    alone, in a list, in `<tool_call>` or `<function_call>` tags, after `[TOOL_CALLS]` or `<|python_tag|>`), `<function=name>` tags, and Python:
+    alone, in a list, in `<tool_call>` or `<function_call>` tags, after `[TOOL_CALLS]` or `<|python_tag|>`), `<function=name>` and Python:
     `[f(a=1), g.h(b='x')]`. Around them thinking, code fences and prose are taken away, and trailing commas or Python's literals in JSON
     mended; each is a repair.
     """
