@@ -61,7 +61,7 @@ def _code_in(text: str) -> str:
     """The text when it is Python, else its longest run of whole lines that is, from the first line that looks like code."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if re.match(r"(?:async def|def|import|from|class)\b|@", line)), 0)
-    for start, end in [(0, len(lines)), *((first, end) for end in range(len(lines), first, -1))]:
+    for start, end in [(0, len(lines)), *((first, end) for end in range(min(len(lines), first + 400), first, -1))]:
         part = "\n".join(lines[start:end])
         try:
             ast.parse(part)

@@ -20,7 +20,9 @@ _TAGGED = re.compile(r"<(tool_call|function_call|functioncall)>\s*(.*?)\s*(?:</\
 _NAMED = re.compile(r"<function=([^>\s]+)>\s*(.*?)\s*</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _PREFIX = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>|\bfunctools(?=\[)")
-_CALL = re.compile(r"^\s*(\[?\s*[A-Za-z_][\w.]*\(.*\)\s*\]?)\s*$", re.MULTILINE)
+_CALL = re.compile(r"^[ \t]*(\[?[ \t]*[A-Za-z_][\w.]*\(.*\)[ \t]*\]?)[ \t]*$", re.MULTILINE)
+
+PLACES = 100  # brackets in prose at which JSON is looked for
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_calls(text: str) -> Parsed:
     lines = [found for match in _CALL.finditer(text) if (found := _python(match[1]))]
     if lines:
         return Parsed(tuple(call for calls in lines for call in calls), (*repairs, "prose"))
-    for start in (i for i, c in enumerate(text) if c in "[{"):
+    for start in [i for i, c in enumerate(text) if c in "[{"][:PLACES]:
         try:
             value, _ = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
@@ -149,10 +151,10 @@ def _value_or_text(text: str) -> Any:
 def _python(text: str) -> tuple[Call, ...] | None:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
+        calls = [_python_call(node) for node in nodes]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
-    calls = [_python_call(node) for node in nodes]
     return tuple(call for call in calls if call is not None) if calls and all(call is not None for call in calls) else None
 
 
