@@ -59,8 +59,11 @@ def curves(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed: i
     found: dict[str, Any] = {"k": ks, "avg": [], "pass": [], "maj": [], "ci": {"avg": [], "pass": [], "maj": []}}
     passed = {k: [pass_at_k(samples, c, k) for c in right] for k in ks}
     majorities = {k: majority_at_k(votes, correct, k, seed) for k in ks}
-    averages = sample_intervals(correct, ks, seed)
-    mean_correct = sum(map(sum, correct)) / (len(correct) * samples)
+    means = [sum(values) / samples for values in correct]
+    # where all samples of an item agree there is nothing to draw, and an interval of right-or-wrong scores is never a point
+    agreed = set(means) <= {0.0, 1.0}
+    averages = [interval(means, None, lines, seed)] * len(ks) if agreed else sample_intervals(correct, ks, seed)
+    mean_correct = sum(means) / len(means)
     for k, low_high in zip(ks, averages, strict=True):
         found["avg"].append(mean_correct)
         found["ci"]["avg"].append(list(low_high))
