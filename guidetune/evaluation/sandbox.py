@@ -6,7 +6,7 @@ on the clock and on what it prints. How well the rest of the machine is out of i
 `isolation()` says which it is:
 
     namespaces   Linux that allows them: the file system is read-only but for its folder (a small one in memory), there is no network,
-                 no other process is visible, and /proc and /tmp are empty. Root becomes an unprivileged user.
+                 no other process is visible, and /proc, /tmp, /run and home folders are empty. Root becomes an unprivileged user.
     user         started by root without namespaces: it runs as an unprivileged user, behind the guard below.
     guard        an audit hook refuses files outside its folder, processes, signals and sockets. This stops accidents, not an attack by
                  somebody who knows Python's insides; use a container or a virtual machine for models you do not trust.

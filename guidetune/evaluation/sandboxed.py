@@ -12,6 +12,7 @@ import signal
 import sys
 
 NOBODY = 65534
+HIDDEN = ("/home", "/root", "/run", "/var/run")  # other people's files, and sockets of services (a container engine's, an agent's)
 WORK, PREFIX = "/tmp/work", "/tmp/python"  # inside the namespaces
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
@@ -72,7 +73,11 @@ def main(how: str, folder: str, seconds: str, memory_mb: str, file_mb: str, pyth
         os.setuid(NOBODY)
     os.chdir(folder)
     limit(float(seconds), int(memory_mb) << 20, int(file_mb) << 20)
-    environment = {"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    if python.startswith(PREFIX):
+        libraries = {"LD_LIBRARY_PATH": f"{PREFIX}/lib"}  # an interpreter may look for its library where it was installed
+    else:
+        libraries = {}
+    environment = {**libraries, "HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     code = START if how == "namespaces" else GUARD + START
     os.execve(python, [python, "-I", "-S", "-X", "utf8", "-c", code], environment)
 
@@ -114,13 +119,15 @@ def enter_namespaces(python: str, prefix: str) -> str:
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size=64m,nr_inodes=4096,mode=0700,{owner}")
     os.mkdir(WORK)
     os.chown(WORK, *((NOBODY, NOBODY) if root else (user, group)))
-    if hidden or prefix.startswith("/tmp/"):
+    python = os.path.realpath(python)
+    if hidden or prefix.startswith(tuple(f"{place}/" for place in ("/tmp", *HIDDEN))):
         os.mkdir(PREFIX)
         mount(f"/proc/self/fd/{copy}", PREFIX, None, MS_BIND)
-        python = PREFIX + os.path.realpath(python).removeprefix(prefix)
+        python = PREFIX + python.removeprefix(prefix)
     os.close(copy)
-    if os.path.isdir("/dev/shm"):
-        mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k")
+    for place in ("/dev/shm", *HIDDEN):
+        if os.path.isdir(place) and not os.path.islink(place):
+            mount("tmpfs", place, "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=0755")
     attributes("/", AT_RECURSIVE, set=MS_RDONLY | MS_NOSUID)
     attributes("/tmp", 0, clear=MS_RDONLY)
 

@@ -46,7 +46,7 @@ class ApiSettings(BaseModel):
     retries: NonNegativeInt = Field(5, description="Further attempts after 408, 409, 429, 5xx, time-outs and lost connections.")
     price_in: NonNegativeFloat | None = Field(None, description="Price of a million prompt tokens; needed for a budget.")
     price_out: NonNegativeFloat | None = Field(None, description="Price of a million answer tokens; needed for a budget.")
-    budget: NonNegativeFloat | None = Field(None, description="Stop before a request that could bring the cost above this.")
+    budget: NonNegativeFloat | None = Field(None, description="Stop before a request that could bring the cost of this command above this.")
     cache: str | None = Field(None, description="Folder of remembered answers; default: api in guidetune's cache folder.")
 
     @model_validator(mode="after")
@@ -84,6 +84,18 @@ class BudgetReached(RunFailed):
     """The next request could cost more than the budget allows."""
 
 
+class _Account:
+    """What has been spent and set aside by all clients of this process with the same settings: one budget for one command."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Condition()
+        self.spent = 0.0
+        self.reserved = 0.0
+
+
+_accounts: dict[ApiSettings, _Account] = {}
+
+
 class Client:
     """Answers of one model. Thread-safe; several processes may share a cache folder.
 
@@ -98,8 +110,8 @@ class Client:
         self.spent = 0.0
         self.requests = 0
         self.hits = 0
-        self._reserved = 0.0
-        self._turn = threading.Condition()
+        self._account = _accounts.setdefault(settings, _Account())
+        self._turn = self._account.turn
         self._sdk: Any = None
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -133,7 +145,8 @@ class Client:
             reply, charged = self._request(request, reserved)
         finally:
             with self._turn:
-                self._reserved -= reserved
+                self._account.reserved -= reserved
+                self._account.spent += charged
                 self.spent += charged
                 self._turn.notify_all()
         if reply.error is None:
@@ -185,17 +198,17 @@ class Client:
         """Set aside the most that a request can cost: a token is at least a byte, and no answer is longer than max_tokens."""
         size = sum(len(m["content"].encode("utf-8", "surrogatepass")) + 16 for m in request["messages"])
         most = self._price(size, request[self.settings.limit_as])
-        budget = self.settings.budget
+        budget, account = self.settings.budget, self._account
         with self._turn:
             # While others are under way, what they have set aside and will not spend may yet be enough.
-            while budget is not None and self.spent + self._reserved + most > budget and self._reserved > 0:
+            while budget is not None and account.spent + account.reserved + most > budget and account.reserved > 0:
                 self._turn.wait()
-            if budget is not None and self.spent + most > budget:
+            if budget is not None and account.spent + most > budget:
                 raise BudgetReached(
-                    f"the budget of {budget:g} is spent: {self.spent:.4g} so far, and the next request to {self.settings.model} may cost "
-                    f"{most:.4g}. Answers so far are kept; raise budget and run again to go on"
+                    f"the budget of {budget:g} is spent: {account.spent:.4g} so far, and the next request to {self.settings.model} may "
+                    f"cost {most:.4g}. Answers so far are kept; raise budget and run again to go on"
                 )
-            self._reserved += most
+            account.reserved += most
         return most
 
     # -- the server ---------------------------------------------------------------------------------------------------

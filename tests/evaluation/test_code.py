@@ -46,6 +46,15 @@ def test_published_solutions_pass_and_nothing_fails(shared_data: Path, spec: dic
     assert rate(task, items, [Output(text="")] * len(items)) == [0] * len(items)
 
 
+def test_the_shipped_sample_runs() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "data"
+    for spec in ({"method": "humaneval", "path": "humaneval.jsonl", "timeout": 60}, {"method": "bfcl", "path": "bfcl_parallel.jsonl"}):
+        task = build("task", spec)
+        (planned,) = plan([task], EvalSettings(allow_code=True), folder)
+        assert len(planned.items) == 8
+        assert rate(task, list(planned.items), [task.perfect(item) for item in planned.items]) == [1] * 8
+
+
 def test_code_runs_only_when_it_is_allowed(shared_data: Path) -> None:
     tasks = [build("task", HUMANEVAL), build("task", MBPP)]
     with pytest.raises(BadInput) as caught:

@@ -107,6 +107,8 @@ def test_it_sees_no_network_and_no_secrets(how: Isolation, monkeypatch: pytest.M
     assert "secret" not in found.output
     if how == "namespaces":
         other = run("import os\nprint(os.listdir('/proc'), os.listdir('/tmp'), os.getuid() != 0)", LIMITS, how)
+        hidden = run("import os\nprint([os.listdir(p) for p in ('/home', '/root', '/run') if os.path.isdir(p)])", LIMITS, how)
+        assert hidden.passed and set(hidden.output) <= set("[], ")
         assert other.passed and other.output.startswith("[] [") and "guidetune" not in other.output and other.output.endswith("True")
 
 
@@ -124,14 +126,23 @@ def test_many_keep_their_order() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.skipif(shutil.which("python3", path="/usr/bin") is None, reason="needs an interpreter that any user may run")
-def test_an_ordinary_user_has_namespaces_too() -> None:
-    """The same file under a user without rights: by its own user namespace, where the system allows those."""
+@pytest.mark.parametrize(("user", "how"), [(1234, "namespaces"), (0, "user")])
+def test_other_users(user: int, how: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An ordinary user enters a user namespace, where the system allows those; root without namespaces becomes nobody."""
     source = Path(__file__).parents[2] / "guidetune" / "evaluation" / "sandboxed.py"
-    code = "import os,sys\nos.setgid(1234);os.setuid(1234)\nos.execv('/usr/bin/python3',['python3','-I','-S','-c',sys.argv[1],'namespaces','/','5','512','16','/usr/bin/python3','/usr'])"  # noqa: E501
-    inner = source.read_text(encoding="utf-8")
-    program = "import os\nprint(os.getuid(), os.getpid(), os.listdir('/proc'))\ntry:\n    os.fork()\nexcept OSError:\n    print('alone')\nopen('/etc/x', 'w')"  # noqa: E501
-    done = subprocess.run([sys.executable, "-c", code, inner], input=program, capture_output=True, text=True, cwd="/", timeout=30)
+    become = f"import os, sys\nos.setgid({user})\nos.setuid({user})\n" if user else "import os, sys\n"
+    given = [how, "/var/tmp", "5", "512", "16", "/usr/bin/python3", "/usr"]
+    code = f"{become}os.execv('/usr/bin/python3', ['python3', '-I', '-S', '-c', sys.argv[1], *{given}])"
+    lines = [
+        "import os",
+        "print(os.getuid() not in (0,), len(os.listdir('/proc')) == 0)",
+        "try: os.fork()",
+        "except OSError: print('alone')",
+        "open('/etc/x', 'w')",
+    ]
+    command = [sys.executable, "-c", code, source.read_text(encoding="utf-8")]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, cwd="/", timeout=30)
     if "unshare" in done.stderr:
         pytest.skip("user namespaces are not allowed here")
-    assert done.stdout.splitlines() == ["1234 1 []", "alone"], done.stderr
+    assert done.stdout.splitlines() == [f"True {how == 'namespaces'}", "alone"], done.stderr
     assert "Error" in done.stderr.splitlines()[-1]

@@ -169,6 +169,8 @@ def test_the_budget_is_never_exceeded(proxy: Proxy, tmp_path: Path) -> None:
         user.ask_all(questions(6))
     assert len(proxy.bodies) == 2 and user.spent == 2.0
     assert BudgetReached.exit_code == 1
+    with pytest.raises(BudgetReached):  # the next arm of the same command has the same purse
+        client(proxy, tmp_path, budget=2.5, **prices).ask(ask("What is 9 + 9?"))
     more = client(proxy, tmp_path, budget=10, **prices)
     found = more.ask_all(questions(6))  # what was answered is not paid for again
     assert len(proxy.bodies) == 6 and more.spent == 4.0 and sum(reply.cached for reply in found) == 2
