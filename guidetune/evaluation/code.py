@@ -140,7 +140,9 @@ class CodeTask(RowTask):
         tested = [f"{code}\n\n{item.payload.tests}\n\n{item.payload.call}\n" for code, (item, _) in zip(found, answered, strict=True)]
         order = {text: place for place, text in enumerate(dict.fromkeys(tested))}  # equal samples run once
         runs = run_all(list(order), self.limits())
-        votes = self._votes(found, answered)
+        # A program that does not end, or floods its output, has no behaviour to vote with.
+        ends = [runs[order[text]].status not in ("timeout", "output") for text in tested]
+        votes = self._votes(found, answered, ends)
         verdicts = []
         for place, text in enumerate(tested):
             ended = runs[order[text]]
@@ -150,12 +152,15 @@ class CodeTask(RowTask):
     def score(self, item: Item, output: Output) -> dict[str, Any]:
         return self.scores([(item, output)])[0]
 
-    def _votes(self, codes: Sequence[str], answered: Sequence[tuple[Item, Output]]) -> list[str | None]:
+    def _votes(self, codes: Sequence[str], answered: Sequence[tuple[Item, Output]], ends: Sequence[bool]) -> list[str | None]:
         """What each program's behaviour is called, where an item has several samples; None for one that does not run to its end."""
         counts: dict[str, int] = {}
         for item, _ in answered:
             counts[item.id] = counts.get(item.id, 0) + 1
-        texts = [behaviour(code, item.payload) if counts[item.id] > 1 else None for code, (item, _) in zip(codes, answered, strict=True)]
+        texts = [
+            behaviour(code, item.payload) if counts[item.id] > 1 and end else None
+            for code, (item, _), end in zip(codes, answered, ends, strict=True)
+        ]
         order = {text: place for place, text in enumerate(dict.fromkeys(text for text in texts if text is not None))}
         runs = run_all(list(order), self.limits())
         votes: list[str | None] = []

@@ -26,18 +26,10 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
 
     Answers that could not be parsed (None) never vote; None when there is no vote at all.
     """
-    groups: list[list[int]] = []
-    for i, answer in enumerate(answers):
-        if answer is None:
-            continue
-        for group in groups:
-            first = answers[group[0]]
-            if answer == first or same(str(first), answer):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return max(groups, key=len)[0] if groups else None
+    votes = same_votes(answers, same)
+    counts = Counter(vote for vote in votes if vote >= 0)
+    most = max(counts.values(), default=0)
+    return next((i for i, vote in enumerate(votes) if vote >= 0 and counts[vote] == most), None)
 
 
 def same_votes(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from guidetune import cli
+from guidetune.artefacts import read_json
 from guidetune.errors import BadInput
 from guidetune.evaluation.code import Problem, program
 from guidetune.evaluation.evaluate import EvalSettings, plan
@@ -61,6 +64,48 @@ def test_code_runs_only_when_it_is_allowed(shared_data: Path) -> None:
         plan(tasks, root=shared_data)
     assert len(caught.value.problems) == 2 and "--allow-code" in str(caught.value)
     assert len(plan(tasks, EvalSettings(allow_code=True), shared_data)[0].items) == 164
+
+
+def test_the_command_line_runs_code_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = f"humaneval:path={Path(__file__).parents[2] / 'examples' / 'data' / 'humaneval.jsonl'}"
+    arguments = ["eval", "world:instruct", "--tasks", spec, "--set", "limit=2", "--set", "max_new_tokens=4", "--out", str(tmp_path / "out")]
+    for extra, code in (([], 2), (["--allow-code"], 0)):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*arguments, *extra])
+        out, err = capsys.readouterr()
+        assert (caught.value.code or 0) == code, err
+    assert "humaneval: programs ran" in out
+    assert read_json(tmp_path / "out" / "results.json")["tasks"]["humaneval"]["notes"]
+
+
+def test_poisoned_answers_harm_nothing_and_the_others_are_judged(tmp_path: Path) -> None:
+    task, item = task_and_item(timeout=2)
+    kept = tmp_path / "kept"
+    kept.write_text("mine", encoding="utf-8")
+    os.chmod(tmp_path, 0o777)
+    os.chmod(kept, 0o666)
+    poison = [
+        "while True: pass",
+        "print('x' * 2**30)",
+        "import sys\n    while True: sys.stdout.write('x' * 2**20)",
+        "import os\n    while True: os.fork()",
+        f"import os\n    os.remove({str(kept)!r})",
+        f"import shutil\n    shutil.rmtree({str(tmp_path)!r})",
+        "import os\n    os.kill(os.getppid(), 9)",
+        f"import os\n    os.kill({os.getpid()}, 9)",
+        "x = [0] * 2**40",
+        "import sys\n    sys.setrecursionlimit(10**9); return add(a, b)",
+        "def add(a, b): return add",
+        "raise KeyboardInterrupt",
+        "raise SystemExit(0)",
+    ]
+    outputs = [Output(text=f"    {body}") for body in [*poison, "return a + b"]]
+    began = time.monotonic()
+    verdicts = task.scores([(item, output) for output in outputs])
+    assert time.monotonic() - began < 60
+    assert [verdict["correct"] for verdict in verdicts] == [0] * len(poison) + [1]
+    assert kept.read_text(encoding="utf-8") == "mine"
+    assert all(len(verdict["detail"]) <= 300 for verdict in verdicts)
 
 
 @pytest.mark.parametrize(
