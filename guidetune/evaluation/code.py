@@ -73,15 +73,30 @@ def _code_in(text: str) -> str:
 
 # Records what the functions under test return, and goes on after a failure: the behaviour of a program on the tests' inputs.
 _RECORDER = """
-__seen = []
+__seen, __inside = [], []
+def __text(value):  # equal values have one text: sets and dictionaries in any order, 3 and 3.0
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(__text, value))) + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(sorted(__text(k) + ": " + __text(v) for k, v in value.items())) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[("[isinstance(value, tuple)] + ", ".join(map(__text, value)) + "]"
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and value.is_integer()):
+        return repr(int(value))
+    return repr(value)
 def __record(function):
     def called(*args, **kwargs):
+        if __inside:  # a function that calls itself is recorded once
+            return function(*args, **kwargs)
+        __inside.append(True)
         try:
             value = function(*args, **kwargs)
         except Exception as error:
             __seen.append(type(error).__name__)
             raise
-        __seen.append(repr(value)[:10000])
+        finally:
+            __inside.clear()
+        __seen.append(__text(value)[:10000])
         return value
     return called
 """

@@ -1,6 +1,6 @@
 """Running a program that a model wrote, so that it can harm nothing and always ends.
 
-Each program runs in a Python process of its own with `-I -S` (no environment, no site packages): its own session, an empty folder as HOME
+Each program runs in a Python process of its own (no environment, no site packages): its own session, an empty folder as HOME
 and current folder, limits on processor time, memory, file size, open files and processes (it can start none), and a limit on the time
 on the clock and on what it prints. How well the rest of the machine is out of its reach depends on what the system allows, and
 `isolation()` says which it is:
@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from guidetune.errors import BadInput
 
@@ -193,17 +192,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    def again(function: Any, path: str, _: Any) -> None:
-        try:  # a program may have taken the rights off its own folders
-            os.chmod(Path(path).parent, 0o700)
-            os.chmod(path, 0o700)
-            function(path)
-        except OSError:
-            pass
-
     try:
-        shutil.rmtree(folder, onerror=again)
-    except RecursionError:  # thousands of folders inside each other
-        pass
-    if folder.exists():
-        subprocess.run(["rm", "-rf", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        folder.rmdir()  # in namespaces nothing was written here
+    except OSError:
+        # A program may have taken the rights off its folders, or put thousands of them inside each other: Python's own rmtree gives up.
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)

@@ -77,9 +77,11 @@ def main(how: str, folder: str, seconds: str, memory_mb: str, file_mb: str, pyth
         libraries = {"LD_LIBRARY_PATH": f"{PREFIX}/lib"}  # an interpreter may look for its library where it was installed
     else:
         libraries = {}
+    # hashes are fixed, so that a program's result (the order in a set) is the same every time
+    libraries["PYTHONHASHSEED"] = "0"
     environment = {**libraries, "HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     code = START if how == "namespaces" else GUARD + START
-    os.execve(python, [python, "-I", "-S", "-X", "utf8", "-c", code], environment)
+    os.execve(python, [python, "-P", "-s", "-S", "-X", "utf8", "-c", code], environment)
 
 
 def enter_namespaces(python: str, prefix: str) -> str:

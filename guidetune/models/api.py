@@ -49,6 +49,8 @@ class ApiSettings(BaseModel):
     budget: NonNegativeFloat | None = Field(None, description="Stop before a request that could bring the cost of this command above this.")
     cache: str | None = Field(None, description="Folder of remembered answers; default: api in guidetune's cache folder.")
 
+    replay: bool = Field(False, description="Answer from the cache only; what is not in it is an error, and no request is made.")
+
     @model_validator(mode="after")
     def _sound(self) -> ApiSettings:
         if self.budget is not None and (self.price_in is None or self.price_out is None):
@@ -139,6 +141,8 @@ class Client:
             with self._turn:
                 self.hits += 1
             return known
+        if self.settings.replay:
+            return Reply(None, error="not in the cache, and replay makes no requests")
         reserved = self._reserve(request)
         charged = reserved  # what is not known to have cost less counts in full
         try:

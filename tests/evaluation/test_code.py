@@ -149,7 +149,7 @@ def test_outcomes_are_named() -> None:
 
 def test_votes_go_by_behaviour_and_not_by_the_expected_values() -> None:
     task, item = task_and_item()
-    texts = ["    return 3", "    return a + b", "    return sum([a, b])", "    return 3.0 - 0", "    return 1 / 0", "    while True: pass"]
+    texts = ["    return 3", "    return a + b", "    return sum([a, b])", "    return 3.5", "    return 1 / 0", "    while True: pass"]
     outputs = [Output(text=text) for text in texts]
     verdicts = task.scores([(item, output) for output in outputs])
     votes = [verdict["answer"] for verdict in verdicts]
@@ -160,6 +160,15 @@ def test_votes_go_by_behaviour_and_not_by_the_expected_values() -> None:
     assert result["metrics"]["pass@1"] == pytest.approx(2 / 6) and result["metrics"]["maj@6"] == 1
     assert result["curves"]["pass"][0] == pytest.approx(2 / 6) and result["curves"]["maj"][-1] == 1
     assert result["notes"] and "programs ran" in result["notes"][0]
+
+
+def test_recursion_and_sets_are_one_behaviour() -> None:
+    task = build("task", {**MBPP, "part": "all"})
+    tests = ["assert f(5) == {'a', 'b', 'c', 'd', 'e'}"]
+    item = task.item({"task_id": 700, "text": "?", "test_list": tests}, 0)
+    codes = ["def f(n):\n  return set('abcdefgh'[:n])", "def f(n):\n  return f(n - 1) | {'abcdefgh'[n - 1]} if n else set()"]
+    verdicts = task.scores([(item, Output(text=f"```python\n{code}\n```")) for code in codes])
+    assert [verdict["correct"] for verdict in verdicts] == [1, 1] and verdicts[0]["answer"] == verdicts[1]["answer"] is not None
 
 
 def test_mbpp_votes_and_setup(tmp_path: Path) -> None:

@@ -241,4 +241,4 @@ def test_answers_must_be_there(tmp_path: Path) -> None:
         task.items(TaskContext(tmp_path))
     (tmp_path / "a.json").write_text(json.dumps({"id": "simple_1", "ground_truth": []}) + "\n", encoding="utf-8")
     with pytest.raises(BadInput, match="line 1: no allowed values for 'simple_0'"):
-        build("task", {"method": "bfcl", "path": "q.json", "answers": "a.json"}).items(TaskContext(tmp_path))
+        build("task", {"method": "bfcl", "path": "q.json", "answers_path": "a.json"}).items(TaskContext(tmp_path))

@@ -76,6 +76,8 @@ def test_equal_requests_are_asked_once_wherever_the_server_is(proxy: Proxy, upst
     assert (again.text, again.cached, again.cost, len(proxy.bodies)) == (reply.text, True, 0.0, 1)
     other = Client(ApiSettings(model=MODEL, base_url="http://127.0.0.1:9/v1", key_env="ANOTHER", cache=str(tmp_path), max_tokens=12))
     assert other.ask(ask("What is 1 + 1?")).cached  # another address and key: the same answer
+    replayed = client(proxy, tmp_path, replay=True)
+    assert replayed.ask(ask("What is 1 + 1?")).cached and "not in the cache" in str(replayed.ask(ask("What is 7 + 7?")).error)
     for different in (
         lambda: first.ask(ask("What is 1 + 2?")),
         lambda: first.ask(ask("What is 1 + 1?"), temperature=0.7),

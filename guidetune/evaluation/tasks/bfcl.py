@@ -44,8 +44,13 @@ class BFCL(RowTask):
 
     mode: ClassVar[str] = "generate"
 
-    answers: str | None = Field(None, description="File of allowed values; default: possible_answer__NAME or possible_answer/NAME beside.")
+    answers_path: str | None = Field(
+        None, description="File of allowed values; default: possible_answer__NAME or possible_answer/NAME beside."
+    )
     system: str = Field(SYSTEM, description="System message; {functions} are the tools' schemas as JSON.")
+
+    def deciding(self) -> dict[str, Any]:
+        return {key: value for key, value in super().deciding().items() if key != "answers_path"}  # what it holds is in the items
 
     def items(self, ctx: TaskContext) -> list[Item]:
         golds = self._golds(ctx)
@@ -54,15 +59,17 @@ class BFCL(RowTask):
             identity = str(column(row, "id"))
             category = identity.rpartition("_")[0] or identity
             if golds is None and "irrelevance" not in category:
-                raise BadInput(f"task {self.label or self.name}: {self.path} has no file of allowed values beside it; name it with answers")
+                raise BadInput(
+                    f"task {self.label or self.name}: {self.path} has no file of allowed values beside it; name it with answers_path"
+                )
             if golds is not None and identity not in golds:
                 raise BadInput(f"task {self.label or self.name}: {self.path}, line {line}: no allowed values for {identity!r}")
             found.append(self._item(row, identity, category, golds[identity] if golds is not None else []))
         return found
 
     def _golds(self, ctx: TaskContext) -> dict[str, list[dict[str, Any]]] | None:
-        if self.answers is not None:
-            place: Path | None = ctx.find(self.answers)
+        if self.answers_path is not None:
+            place: Path | None = ctx.find(self.answers_path)
         else:
             here = ctx.find(self.path)
             beside = [here.with_name(f"possible_answer__{here.name}"), here.parent / "possible_answer" / here.name]
