@@ -186,4 +186,6 @@ class CodeTask(RowTask):
         return votes
 
     def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        return [EXPLAINED[isolation()]]
+        outcomes = [one["outcome"] for line in lines for one in line.get("samples", [line])]
+        late = outcomes.count("timeout")
+        return [EXPLAINED[isolation()], *([f"{late} of {len(outcomes)} programs were ended after {self.timeout:g} s"] if late else [])]

@@ -159,7 +159,8 @@ def test_refusals_by_a_judge(tmp_path: Path) -> None:
     assert [one["correct"] for one in found] == [1, 1] and [one["by_list"] for one in found] == [1, 1]
     assert [one["label"] for one in found] == ["compliance", "partial refusal"]
     notes = task.notes([{**one, "meta": item.meta} for one, item in zip(found, items, strict=True)])
-    assert "2 verdicts" in notes[0] and "agrees with the judge on 50.0 %" in notes[1]
+    assert notes[0] == "refused: 0.0 % of the safe requests, 100.0 % of the unsafe requests"
+    assert "2 verdicts" in notes[1] and "agrees with the judge on 50.0 %" in notes[2]
 
 
 @needs_sdk

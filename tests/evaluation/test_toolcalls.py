@@ -228,6 +228,7 @@ def test_a_result_counts_errors_by_class(shared_data: Path) -> None:
     outputs = [task.perfect(items[0]), Output(text="no"), Output(text="no", finished=False), Output(text=f"```\n{items[3].gold}\n```")]
     lines = [judge(task, i, [o], [task.score(i, o)]) for i, o in zip(items, outputs, strict=True)]
     found = summarise(task, lines, 1, 0)
+    assert found["notes"] == ["a tool was called on 50.0 % of the items, and should have been on 100.0 %"]
     assert found["score"] == 0.5 and found["metrics"]["unrepaired"] == 0.25 and found["metrics"]["call_rate"] == 0.5
     assert found["metrics"]["error: no_call"] == found["metrics"]["error: truncated"] == 0.25
     assert json.loads(json.dumps(lines[0], default=str))["error"] == "valid"

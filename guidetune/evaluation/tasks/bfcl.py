@@ -119,6 +119,10 @@ class BFCL(RowTask):
             "answer": json.dumps(sorted(map(_text, calls))),
         }
 
+    def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        rate, due = (100 * sum(values) / len(lines) for values in ([x["call_rate"] for x in lines], [bool(x["reference"]) for x in lines]))
+        return [f"a tool was called on {rate:.1f} % of the items, and should have been on {due:.1f} %"]
+
     def overall(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Mean over categories (BFCL's non-live rule), F1 of argument names and values, and the share of every error class."""
         groups: dict[str, list[float]] = {}
