@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt
 
 from guidetune.evaluation.code import CodeTask, Problem
-from guidetune.evaluation.task import Item, TaskContext, ask, column, fill
+from guidetune.evaluation.task import Item, RowTask, TaskContext, ask, column, fill
 from guidetune.registry import method
 
 PARTS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974), "all": (1, 974)}
@@ -45,7 +45,7 @@ class MBPP(CodeTask):
         return Item(identity, prompt, reference=code, gold=gold, meta=meta, payload=problem)
 
     def items(self, ctx: TaskContext) -> list[Item]:
-        found = super().items(ctx)
+        found = RowTask.items(self.model_copy(update={"shots": 0}), ctx)  # the examples are the paper's, from another part
         examples = [item for item in found if item.meta["task_id"] in SHOTS][: self.shots]
         low, high = PARTS[self.part]
         return [self._shown(item, examples) for item in found if low <= item.meta["task_id"] <= high]
