@@ -38,6 +38,7 @@ PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that
 GLOBAL_FLAGS = ("--debug", "-v", "--verbose", "-q", "--quiet")
 _debug = False
 
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Tasks may run programs that the model wrote, in a sandbox.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML); docs/recipe.md describes it.", show_default=False)]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. tune.lr=1e-4. May be repeated.")
@@ -209,12 +210,12 @@ def demo(
 
 @app.command()
 @verb
-def run(recipe: RecipeFile, sets: Sets = None, out: Out = None, max_memory: MaxMemory = None) -> None:
+def run(recipe: RecipeFile, sets: Sets = None, out: Out = None, max_memory: MaxMemory = None, allow_code: AllowCode = False) -> None:
     """Execute a recipe; running again continues.
 
     Prepare the data, ask the teacher, tune, transfer, evaluate, report.
     """
-    loaded = _load(recipe, sets, max_memory)
+    loaded = _load(recipe, _with_code(sets, allow_code), max_memory)
     folder = _out(out, loaded)
     from guidetune import pipeline
 
@@ -248,6 +249,7 @@ def compare(
     sets: Sets = None,
     out: Out = None,
     max_memory: MaxMemory = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Execute several arms of a recipe side by side.
 
@@ -256,7 +258,7 @@ def compare(
     """
     from guidetune.recipe import arms as arm_recipes
 
-    loaded = _load(recipe, sets, max_memory)
+    loaded = _load(recipe, _with_code(sets, allow_code), max_memory)
     names = [name.strip() for name in arms.split(",") if name.strip()]
     arm_recipes(loaded, names, grid or ())  # a wrong name is said before anything heavy is loaded
     if pick not in ("retain", "mean"):
@@ -425,16 +427,20 @@ def evaluate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An evaluation setting, e.g. limit=100 or max_new_tokens=256.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: runs/eval-MODEL.")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Score a model on tasks."""
     from guidetune.recipe import evaluation
 
-    section = evaluation(tasks, data, sets or ())
+    section = evaluation(tasks, data, [*(sets or ()), *(["allow_code=true"] if allow_code else [])])
     from guidetune import pipeline
 
     folder = out or Path("runs") / ("eval-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model).strip("-"))
     results = pipeline.evaluate_model(model, section, folder)
     _print(_score_table(results))
+    from guidetune.evaluation.results import curve_table
+
+    _print(curve_table(results))
     for label, result in results.items():
         for note in result.get("notes", ()):
             print(f"{label}: {note}")
@@ -461,6 +467,30 @@ def chat(
     from guidetune.chat import chat as talk
 
     talk(models, prompt, system, Answering(max_new_tokens, temperature, seed), dtype, device)
+
+
+@app.command()
+@verb
+def serve(
+    model: Annotated[str, typer.Argument(help="A model folder, adapter folder, hub id or world:instruct.", show_default=False)],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    key_env: Annotated[
+        str | None, typer.Option("--key-env", metavar="NAME", help="Ask callers for the key in this environment variable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the weights.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Serve a model at an OpenAI-compatible address.
+
+    For a local judge, a chat page or a test; until Ctrl-C.
+    """
+    key = os.environ.get(key_env) if key_env is not None else None
+    if key_env is not None and not key:
+        raise BadInput(f"--key-env {key_env}: that environment variable is not set")
+    from guidetune import serve as server
+
+    server.serve(model, host, port, key, dtype, device)
 
 
 @app.command()
@@ -705,6 +735,10 @@ def _load(path: Path, sets: list[str] | None, max_memory: str | None = None) -> 
 
     _check_size(max_memory)
     return load(path, [*(sets or ()), *([f"max_memory={max_memory}"] if max_memory else [])])
+
+
+def _with_code(sets: list[str] | None, allow_code: bool) -> list[str]:
+    return [*(sets or ()), *(["evaluate.allow_code=true"] if allow_code else [])]
 
 
 def _check_size(size: str | None) -> None:

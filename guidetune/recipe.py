@@ -356,6 +356,7 @@ class Evaluate(Section):
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="What generates; auto: vLLM where it is installed and there is a GPU, else hf."
     )
+    allow_code: bool = Field(False, description="Tasks may run programs that the model wrote, in a sandbox; also --allow-code.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluate:

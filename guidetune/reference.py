@@ -42,7 +42,7 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, registry.Method):
         return "method"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation.__name__.removesuffix("Spec").lower()
+        return annotation.__name__.removesuffix("Spec").removesuffix("Settings").lower()
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -17,7 +17,23 @@ import pytest
 from guidetune import cli, registry
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ["demo", "run", "compare", "claims", "data", "guide", "report", "merge", "eval", "chat", "doctor", "runs", "methods", "world"]
+VERBS = [
+    "demo",
+    "run",
+    "compare",
+    "claims",
+    "data",
+    "guide",
+    "report",
+    "merge",
+    "eval",
+    "chat",
+    "serve",
+    "doctor",
+    "runs",
+    "methods",
+    "world",
+]
 
 
 def guidetune(*arguments: str, cwd: Path | None = None, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -142,6 +158,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(broken: Path) -> None:
         (["chat", "world:instruct", "--max-new-tokens", "0", "--prompt", "x"], "--max-new-tokens = 0"),
         (["chat", "world:instruct", "--prompt", " "], "--prompt is empty"),
         (["chat", "world:instrct", "--prompt", "x"], "did you mean world:instruct?"),
+        (["serve", "world:instrct"], "did you mean world:instruct?"),
+        (["serve", "world:instruct", "--key-env", "NOT_SET_ANYWHERE"], "environment variable is not set"),
         (["doctor", "./nowhere", "./nowhere"], "nowhere"),
     ],
 )

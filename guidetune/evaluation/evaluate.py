@@ -53,6 +53,7 @@ class EvalSettings(BaseModel):
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="What generates; auto: vLLM where it is installed and there is a GPU, else hf."
     )
+    allow_code: bool = Field(False, description="Tasks may run programs that the model wrote, in a sandbox.")
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvalSettings:
@@ -86,6 +87,9 @@ def plan(tasks: Sequence[Task], settings: EvalSettings | None = None, root: Path
             continue
         if any(other.label == label for other in found):
             problems.append(f"two tasks are called {label!r}; give one of them a label")
+            continue
+        if task.runs_code and not settings.allow_code:
+            problems.append(f"task {label} runs programs that the model wrote; allow it with --allow-code, or evaluate.allow_code: true")
             continue
         try:
             items = _limited(task.items(TaskContext(Path(root))), task.limit or settings.limit, settings.seed)
@@ -188,12 +192,13 @@ def _run(
 
     def finish(work: Path, store: _Store) -> dict[str, Any]:
         store.gather()
-        lines, tokens, cut = [], 0, 0
-        for item in planned.items:
-            outputs = [store.done[item.id, sample] for sample in range(samples)]
-            tokens += sum(output.tokens for output in outputs)
-            cut += any(output.cut for output in outputs)
-            lines.append(judge(task, item, outputs))
+        answers = [[store.done[item.id, sample] for sample in range(samples)] for item in planned.items]
+        tokens = sum(output.tokens for outputs in answers for output in outputs)
+        cut = sum(any(output.cut for output in outputs) for outputs in answers)
+        verdicts = iter(task.scores([(item, output) for item, outputs in zip(planned.items, answers, strict=True) for output in outputs]))
+        lines = [
+            judge(task, item, outputs, [next(verdicts) for _ in outputs]) for item, outputs in zip(planned.items, answers, strict=True)
+        ]
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         write_text_atomic(work / ITEMS, text)
         store.remove()

@@ -1,7 +1,7 @@
 """Three judges of a mathematical answer: math-verify, Hendrycks' string rule, and the GIFT release's rule.
 
-math-verify's time-outs use alarm signals, which only the main thread may set. In any other thread (and where there are no alarm
-signals) the comparison runs in one helper process, which is ended when it takes too long.
+math-verify reads what a model wrote with sympy, which may compute for hours, take all memory, or swallow the alarm signal that is to stop
+it. So the comparison runs in one helper process with a limit on its memory, which is ended when its own alarms have not stopped it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from math import isclose
 
 from guidetune.evaluation.answers import boxed, to_number
 
 TIMEOUT_S = 5
+MEMORY = 4 << 30  # address space of the helper
+LONGEST = 100_000  # characters of an output that are read: an answer stands at its end
 
 
 def verified(gold: str, output: str, timeout: int = TIMEOUT_S) -> bool:
     """math-verify: `verify(parse(gold), parse(output))`, gold first (the relation is not symmetric); False on a time-out.
 
+    `timeout` is for each of the three steps, so no comparison takes longer than 3 `timeout` and a little.
+
     LaTeX must be wrapped (`$...$` or a box) to be read; of unwrapped text only the last number counts.
     """
-    if not output.strip():
-        return False
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM"):
-        return _verify(gold, output, timeout)
-    return _helper.ask(gold, output, 2 * timeout)
+    return bool(output.strip()) and _helper.ask(gold, output[-LONGEST:], timeout)
 
 
 def _verify(gold: str, output: str, timeout: int | None) -> bool:
@@ -55,6 +56,7 @@ class _Helper:
         self._lock = threading.Lock()
 
     def ask(self, gold: str, output: str, timeout: float) -> bool:
+        """`_verify` in the child; False when it takes longer than its alarms allow, and then the child is ended."""
         with self._lock:
             starting = self._process is None or self._process.poll() is not None
             if starting:
@@ -62,10 +64,10 @@ class _Helper:
             process = self._process
             assert process is not None and process.stdin is not None
             try:
-                process.stdin.write(json.dumps([gold, output]) + "\n")
+                process.stdin.write(json.dumps([gold, output, timeout]) + "\n")
                 process.stdin.flush()
                 # The first answer waits for the child's imports as well.
-                return json.loads(self._answers.get(timeout=timeout + (60 if starting else 0))) is True
+                return json.loads(self._answers.get(timeout=3 * timeout + min(1, timeout) + (60 if starting else 0))) is True
             except (queue.Empty, OSError, ValueError):
                 self.close()
                 return False
@@ -107,10 +109,19 @@ atexit.register(_helper.close)
 
 
 def serve() -> None:
-    """The helper's loop: one JSON pair per line in, `true` or `false` per line out. The parent keeps the time."""
+    """The helper's loop: `[gold, output, timeout]` per line in, `true` or `false` per line out. The parent keeps the time as well."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
-        gold, output = json.loads(line)
-        print(json.dumps(_verify(gold, output, None)), flush=True)
+        gold, output, timeout = json.loads(line)
+        whole = max(1, round(timeout)) if hasattr(signal, "SIGALRM") else None
+        try:
+            equal = _verify(gold, output, whole)
+        except MemoryError:
+            equal = False
+        print(json.dumps(equal), flush=True)
 
 
 _FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([^\s{}\\]))\s*(?:\{([^{}]*)\}|([^\s{}\\]))")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import combinations
 from math import comb, exp, log
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from guidetune.artefacts import derive_seed
 from guidetune.errors import BadInput
 from guidetune.evaluation.answers import normal_text
 
@@ -27,18 +29,53 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
 
     Answers that could not be parsed (None) never vote; None when there is no vote at all.
     """
-    groups: list[list[int]] = []
-    for i, answer in enumerate(answers):
+    votes = same_votes(answers, same)
+    counts = Counter(vote for vote in votes if vote >= 0)
+    most = max(counts.values(), default=0)
+    return next((i for i, vote in enumerate(votes) if vote >= 0 and counts[vote] == most), None)
+
+
+def same_votes(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
+    """For each sample the number of its group of equivalent answers, -1 for one that cannot be parsed: it never votes."""
+    first: list[str] = []
+    votes = []
+    for answer in answers:
         if answer is None:
+            votes.append(-1)
             continue
-        for group in groups:
-            first = answers[group[0]]
-            if answer == first or same(str(first), answer):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return max(groups, key=len)[0] if groups else None
+        group = next((g for g, known in enumerate(first) if answer == known or same(known, answer)), len(first))
+        if group == len(first):
+            first.append(answer)
+        votes.append(group)
+    return votes
+
+
+EXACT_SUBSETS, DRAWN_SUBSETS = 2000, 400
+
+
+def majority_at_k(votes: Sequence[Sequence[int]], correct: Sequence[Sequence[float]], k: int, seed: int = 0) -> list[float]:
+    """maj@k of each item: the mean over subsets of k of its n samples of `correct` of the subset's majority vote.
+
+    In a subset the largest group of equal votes wins; ties go to the group of its earliest sample; a subset without a vote scores 0. All
+    C(n, k) subsets are taken up to 2000, else 400 that are drawn from the seed. votes (of `same_votes`), correct: [items, n].
+    """
+    n = len(votes[0])
+    if comb(n, k) <= EXACT_SUBSETS:
+        subsets = np.array(list(combinations(range(n), k)))
+    else:
+        rng = np.random.default_rng(derive_seed(seed, "maj@k", n, k))
+        subsets = np.sort(np.argsort(rng.random((DRAWN_SUBSETS, n)), axis=1)[:, :k], axis=1)
+    labels, values = np.asarray(votes), np.asarray(correct, dtype=np.float64)
+    total = np.zeros(len(labels))
+    for subset in np.array_split(subsets, max(1, len(labels) * len(subsets) * k * k // 20_000_000 + 1)):  # bounds the memory
+        chosen = labels[:, subset]  # [items, subsets, k]
+        size = (chosen[..., :, None] == chosen[..., None, :]).sum(-1)
+        size[chosen < 0] = 0
+        winner = size.argmax(-1)  # the first of the largest
+        voted = np.take_along_axis(size, winner[..., None], -1)[..., 0] > 0
+        right = np.take_along_axis(values[:, subset], winner[..., None], -1)[..., 0]
+        total += np.where(voted, right, 0.0).sum(-1)
+    return [float(value) for value in total / len(subsets)]
 
 
 def calibration_error(confidence: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:

@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from guidetune.evaluation.metrics import majority, pass_at_k
-from guidetune.evaluation.statistics import bootstrap, wilson
+from guidetune.evaluation.metrics import majority, majority_at_k, pass_at_k, same_votes
+from guidetune.evaluation.statistics import bootstrap, sample_intervals, wilson
 from guidetune.evaluation.task import Item, Output, Task
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+CURVES = ("avg", "pass", "maj")
 BREAKDOWNS = ("skill", "difficulty", "category")
 
 
-def judge(task: Task, item: Item, outputs: Sequence[Output]) -> dict[str, Any]:
-    """The result line of one item; with several samples, `correct` is their mean and `samples` holds each."""
-    judged = [task.score(item, output) for output in outputs]
+def judge(task: Task, item: Item, outputs: Sequence[Output], judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The result line of one item from the judgement of each output; of several, `correct` is the mean and `samples` holds each."""
     first, output = judged[0], outputs[0]
-    line: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "output": output.text, "reference": item.reference}
+    line: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "output": task.kept_text(output), "reference": item.reference}
     if len(outputs) == 1:
         line.update(first)
     else:
@@ -29,7 +29,7 @@ def judge(task: Task, item: Item, outputs: Sequence[Output]) -> dict[str, Any]:
         best = majority([one.get("answer") for one in judged], task.same_answer)
         line["majority"] = judged[best]["correct"] if best is not None else 0
         line["samples"] = [
-            {"output": one.text, "finished": one.finished, "tokens": one.tokens, **verdict}
+            {"output": task.kept_text(one), "finished": one.finished, "tokens": one.tokens, **verdict}
             for one, verdict in zip(outputs, judged, strict=True)
         ]
     if output.loglik is not None:
@@ -43,6 +43,36 @@ def judge(task: Task, item: Item, outputs: Sequence[Output]) -> dict[str, Any]:
     if any(one.cut for one in outputs):
         line["cut"] = max(one.cut for one in outputs)
     return line
+
+
+def curves(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed: int) -> dict[str, Any]:
+    """Scores against the number k of samples, k = 1, 2, 4, ..., n, from all n.
+
+    `{"k", "avg", "pass", "maj", "ci": {"avg": [[lo, hi], ...], ...}}`
+
+    `pass`: unbiased pass@k. `maj`: mean over the subsets of k samples of whether their majority answer is right (`metrics.majority_at_k`).
+    `avg`: the mean over all subsets is the same for every k; its interval is that of an evaluation with k samples, so it narrows
+    with k. Intervals are 95 % bootstraps over items. A sample counts as right when its `correct` is at least 1.
+    """
+    ks = [k for k in range(1, samples + 1) if k & (k - 1) == 0 or k == samples]
+    correct = [[float(one["correct"]) for one in line["samples"]] for line in lines]
+    right = [sum(value >= 1 for value in values) for values in correct]
+    votes = [same_votes([one.get("answer") for one in line["samples"]], task.same_answer) for line in lines]
+    found: dict[str, Any] = {"k": ks, "avg": [], "pass": [], "maj": [], "ci": {"avg": [], "pass": [], "maj": []}}
+    passed = {k: [pass_at_k(samples, c, k) for c in right] for k in ks}
+    majorities = {k: majority_at_k(votes, correct, k, seed) for k in ks}
+    means = [sum(values) / samples for values in correct]
+    # where all samples of an item agree there is nothing to draw, and an interval of right-or-wrong scores is never a point
+    agreed = set(means) <= {0.0, 1.0}
+    averages = [interval(means, None, lines, seed)] * len(ks) if agreed else sample_intervals(correct, ks, seed)
+    mean_correct = sum(means) / len(means)
+    for k, low_high in zip(ks, averages, strict=True):
+        found["avg"].append(mean_correct)
+        found["ci"]["avg"].append(list(low_high))
+        for name, values in (("pass", passed[k]), ("maj", majorities[k])):
+            found[name].append(sum(values) / len(values))
+            found["ci"][name].append(list(interval(values, None, lines, seed)))
+    return found
 
 
 def numbers(verdict: Mapping[str, Any]) -> list[str]:
@@ -68,6 +98,8 @@ def summarise(task: Task, lines: Sequence[Mapping[str, Any]], samples: int, seed
         metrics.update({f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in range(1, samples + 1)})
     metrics.update(task.overall(lines))
     extra: dict[str, Any] = {"notes": notes} if (notes := task.notes(lines)) else {}
+    if samples > 1 and task.mode == "generate":
+        extra["curves"] = curves(task, lines, samples, seed)
     score = task.scale(mean(values, weights))
     metrics.setdefault(name, score)
     return {
@@ -134,6 +166,19 @@ def table(results: Mapping[str, Mapping[str, Any]], title: str | None = None) ->
         low, high = result["ci"]
         shown.add_row(label, result["metric"], _short(result["score"]), f"{_short(low)} to {_short(high)}", str(result["n"]), also)
     return shown
+
+
+def curve_table(results: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Avg@k, pass@k and maj@k against k, with intervals, of the tasks that were sampled; None when there is none."""
+    from rich.table import Table
+
+    shown = Table("task", "k", "avg@k", "pass@k", "maj@k", box=None, pad_edge=False, header_style="bold")
+    for label, result in results.items():
+        found = result.get("curves") or {"k": []}
+        for i, k in enumerate(found["k"]):
+            cells = [f"{found[name][i]:.3f} ({found['ci'][name][i][0]:.3f} to {found['ci'][name][i][1]:.3f})" for name in CURVES]
+            shown.add_row(label if i == 0 else "", str(k), *cells)
+    return shown if shown.row_count else None
 
 
 def _short(value: float | None) -> str:

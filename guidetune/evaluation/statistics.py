@@ -58,6 +58,21 @@ def _percentiles(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def sample_intervals(values: Sequence[Sequence[float]], ks: Sequence[int], seed: int = 0, draws: int = 1000) -> list[tuple[float, float]]:
+    """95 % interval of the mean over items of the mean of k samples, for each k: items are drawn with, their k samples without replacement.
+
+    values: [items, n] with every k <= n. For k = n this is `bootstrap` of the items' means; smaller k adds the spread of sampling.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    places = np.asarray(ks) - 1
+    rng = np.random.default_rng(derive_seed(seed, "samples"))
+    means = np.empty((draws, len(ks)))
+    for draw in range(draws):
+        drawn = rng.permuted(table[rng.integers(0, len(table), len(table))], axis=1)
+        means[draw] = drawn.cumsum(axis=1)[:, places].mean(axis=0) / (places + 1)
+    return [_percentiles(means[:, i]) for i in range(len(ks))]
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided McNemar p-value: the changed items against a fair coin; 1 when nothing changed."""
     n = lost + gained

@@ -128,6 +128,7 @@ class Task(Method):
     default_new_tokens: ClassVar[int] = 512
     shorthand: ClassVar[str | None] = None  # the option that a bare word means on a command line: `lm_eval:hellaswag`
     files: ClassVar[tuple[str, ...]] = ()  # names, besides the method's, under which its data is published (`--data DIR` looks for them)
+    runs_code: ClassVar[bool] = False  # scoring runs programs that the model wrote: refused unless `allow_code` is set
 
     label: str | None = Field(None, description="Name of the task in results (default: the method's name); unique in a run.")
     limit: PositiveInt | None = Field(None, description="At most this many items, drawn by the seed; the same ones for every model.")
@@ -149,9 +150,17 @@ class Task(Method):
         """What decides the results of an `own` task besides items, options and this package's code: part of its key."""
         return None
 
+    def scores(self, answered: Sequence[tuple[Item, Output]]) -> list[dict[str, Any]]:
+        """`score` of every pair, in order: for tasks that judge many at a time. Samples of one item stand one after another."""
+        return [self.score(item, output) for item, output in answered]
+
     def deciding(self) -> dict[str, Any]:
         """The options that decide a result; the others (where a judge's server is, say) may change without a new evaluation."""
         return {key: value for key, value in self.spec().items() if key not in ("label", "limit", "max_new_tokens", "path")}
+
+    def kept_text(self, output: Output) -> str:
+        """What is kept of an output on disk."""
+        return output.text
 
     def notes(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         """Sentences that must be read beside the score; kept in the result and printed under the table."""

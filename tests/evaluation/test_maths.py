@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +34,30 @@ def test_math_verify_oracles(gold: str, output: str, equal: bool) -> None:
     assert verified(gold, output) is equal
 
 
-def test_other_threads_use_a_helper_that_is_ended_when_it_hangs() -> None:
+BOMBS = [
+    r"$10^{100000000}$",
+    r"$\log(10^{10^{9}})$",
+    r"$100000000!$",
+    r"$(x+y+z+1)^{3000}$",  # memory
+    "$" + "\\sqrt{" * 200 + "2" + "}" * 200 + "$",
+    "\\frac" * 20_000,
+    "9" * 1_000_000,
+]
+
+
+def test_latex_that_would_run_for_ever_is_wrong_in_bounded_time_and_memory() -> None:
+    assert verified("$2$", "$2$")
+    for bomb in BOMBS:
+        began = time.monotonic()
+        assert verified("$x^{2}$", bomb, 1) is False
+        assert time.monotonic() - began < 3 * 1 + 1 + 3, bomb[:40]
+    assert verified("$2$", "$2$")  # and the grader still works
+    helper = maths._helper._process
+    if helper is not None and sys.platform == "linux":
+        assert int(Path(f"/proc/{helper.pid}/statm").read_text().split()[0]) * 4096 <= maths.MEMORY
+
+
+def test_a_helper_serves_all_threads_and_is_ended_when_it_hangs() -> None:
     found: list[bool] = []
     pairs = [("$x=5$", r"\boxed{5}"), ("$5$", "$6$")]
     thread = threading.Thread(target=lambda: found.extend(verified(*pair) for pair in pairs))
