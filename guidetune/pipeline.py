@@ -877,7 +877,8 @@ class _Job:
 
     def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
         """What is added to the receiving model at this scale, and the factor that is still to be applied."""
-        from guidetune.weightspace.sources import Delta, WeightedSum
+        from guidetune.weightspace.merged import added
+        from guidetune.weightspace.sources import Delta
 
         assert arm.tune is not None and arm.transfer is not None
         trained_on, into = self._spec(arm.tune.on), self._spec(arm.transfer.into)
@@ -887,7 +888,7 @@ class _Job:
             return (adapter if lora else Delta.difference(adapter, trained_on)), scale
         # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
         learnt = Delta.adapter(adapter, trained_on) if lora else Delta.difference(adapter, trained_on)
-        return WeightedSum([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))]), 1.0
+        return added([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))], into), 1.0
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 

@@ -123,7 +123,8 @@ class TensorFiles:
         self._handles.clear()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_handles"):  # a constructor that refused has none
+            self.close()
 
     def pread(self, info: TensorInfo, offset: int, length: int) -> bytearray:
         """`length` bytes of a tensor from byte `offset` of it."""

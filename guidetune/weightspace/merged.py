@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from guidetune import registry
 from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.names import ParameterNames
+from guidetune.models.sources import ModelSource, resolve
 from guidetune.weightspace.sources import Delta, fingerprint_of
 from guidetune.weightspace.stages import Merger, Preset, View, layers
 
@@ -106,3 +109,9 @@ class Merged(Delta):
     def close(self) -> None:
         for _, part in self.parts:
             part.close()
+        self.anchor.close()
+
+
+def added(parts: Iterable[tuple[float, Delta]], into: str | Path | ModelSource) -> Merged:
+    """Σ weight · update for the model `into`, exactly: products are added, never the factors A and B."""
+    return Merged(registry.build("weightspace", "sum"), parts, Checkpoint(resolve(into).path))

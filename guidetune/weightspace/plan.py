@@ -142,13 +142,12 @@ def merge(
     preset = plan.method
     assert isinstance(preset, Preset)
     stages = preset.stages()
-    anchor = Checkpoint(resolve(plan.anchor).path)
-    scale, delta = 1.0, None
+    scale = 1.0
     if len(deltas) == 1 and stages.plain:  # applied as itself: its check on probe texts then goes through peft
         weight, delta = deltas[0]
         scale = weight * stages.factor
     else:
-        delta = Merged(preset, deltas, anchor, plan.seed)
+        delta = Merged(preset, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed)
     try:
         return transfer(
             delta,
@@ -165,7 +164,6 @@ def merge(
         )
     finally:
         delta.close()
-        anchor.close()
 
 
 def _place(spec: str, root: Path) -> str:

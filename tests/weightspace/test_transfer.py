@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guidetune.errors import BadInput, RunFailed
-from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.fingerprints import fingerprint
-from guidetune.registry import build
 from guidetune.weightspace import apply, stages
 from guidetune.weightspace.apply import transfer
-from guidetune.weightspace.merged import Merged
+from guidetune.weightspace.merged import added
 from guidetune.weightspace.sources import Delta, LoraDelta, TensorDelta
 from tests.models.pairs import PROJECTIONS, logits, make_adapter, make_pair, plain, save, with_adapter
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -314,8 +312,7 @@ def test_several_adapters_are_summed_exactly(llama: tuple[Path, Path, Path], tmp
     second = make_adapter(base, tmp_path / "second", seed=2, target_modules=["q_proj", "lm_head"])
     transfer(adapter, instruct, tmp_path / "step1", scale=0.5)
     transfer(second, instruct, tmp_path / "step2", scale=-2.0)
-    both = Merged(build("weightspace", "sum"), [(0.5, LoraDelta(adapter)), (-2.0, LoraDelta(second))], Checkpoint(instruct))
-    transfer(both, instruct, tmp_path / "sum")
+    transfer(added([(0.5, LoraDelta(adapter)), (-2.0, LoraDelta(second))], instruct), instruct, tmp_path / "sum")
     w, a, b, c = (weights(p) for p in (instruct, tmp_path / "step1", tmp_path / "step2", tmp_path / "sum"))
     for name in w:
         torch.testing.assert_close(a[name] + b[name] - w[name], c[name], rtol=1e-6, atol=1e-6)

@@ -24,6 +24,8 @@ class AdvBench(RefusalTask):
     def items(self, ctx: TaskContext) -> list[Item]:
         if not self.path.endswith(".txt"):
             return super().items(ctx)
+        if self.shots or self.header or self.where:
+            raise BadInput(f"task {self.label or self.name}: shots, header and where need a data file, not plain text")
         file = ctx.find(self.path)
         try:
             lines = file.read_text(encoding="utf-8").splitlines()

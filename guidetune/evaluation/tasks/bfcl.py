@@ -53,6 +53,8 @@ class BFCL(RowTask):
         return {key: value for key, value in super().deciding().items() if key != "answers_path"}  # what it holds is in the items
 
     def items(self, ctx: TaskContext) -> list[Item]:
+        if self.shots or self.header or self.where:
+            raise BadInput(f"task {self.label or self.name}: shots, header and where are not for tool calls; write examples into system")
         golds = self._golds(ctx)
         found = []
         for line, row in read_rows(SourceSpec(path=self.path, split=self.split, subset=self.subset), ctx):
