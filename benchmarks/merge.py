@@ -247,12 +247,10 @@ def main() -> None:
 
         for number in range(rounds):
             out = Path(scratch) / "out"
-            add("guidetune", "start", [*guidetune, "merge", str(Path(scratch) / "nothing.yaml"), "--help"])
-            starting = f"import {'mergekit.scripts.run_yaml'}"
+            # what a command takes before it touches a weight: its imports
             if theirs:
-                python = str(Path(theirs).parent / "python")
-                add("mergekit", "start", [python, "-c", starting])
-            own = "from guidetune.weightspace import plan, verify; import transformers.modeling_utils"
+                add("mergekit", "start", [str(Path(theirs).parent / "python"), "-c", "import mergekit.scripts.run_yaml"])
+            own = "from guidetune.weightspace import plan, verify; import transformers.models.llama.modeling_llama"
             add("guidetune", "start", [sys.executable, "-c", own])
             add("cp", "copy", ["cp", "-r", str(models[0]), str(out)])
             shutil.rmtree(out)

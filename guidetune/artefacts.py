@@ -37,6 +37,19 @@ def canonical(obj: Any) -> str:
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=default)
 
 
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of nested settings; lists of methods by their names, other lists as they are."""
+    if isinstance(value, Mapping):  # an empty one has no leaf
+        for key, part in value.items():
+            yield from leaves(part, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+        for i, part in enumerate(value):
+            name = part.get("method") or part.get("name") or part.get("path")
+            yield from leaves(part, f"{prefix}[{name if isinstance(name, str) and len(value) > 1 else i}]")
+    elif value not in (None, []):  # unset, empty and absent are the same thing in a recipe
+        yield prefix, value
+
+
 def fingerprint(obj: Any) -> str:
     """32 hex digits of the SHA-256 of the canonical JSON of `obj`."""
     return hashlib.sha256(canonical(obj).encode()).hexdigest()[:32]

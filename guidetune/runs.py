@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from guidetune.artefacts import finished, read_json, write_json
+from guidetune.artefacts import finished, leaves, read_json, write_json
 from guidetune.errors import BadInput
 from guidetune.progress import say
 from guidetune.registry import nearest
@@ -553,7 +553,7 @@ def diff(a: Run, b: Run, arms: tuple[str, str] | None = None) -> Difference:
     """
     results = [_json(Path(run.folder) / "results.json") for run in (a, b)]
     trees = [
-        dict(_leaves(found.get("recipe") if isinstance(found.get("recipe"), dict) else _recipe(Path(run.folder))))
+        dict(leaves(found.get("recipe") if isinstance(found.get("recipe"), dict) else _recipe(Path(run.folder))))
         for run, found in zip((a, b), results, strict=True)
     ]
     keys = [
@@ -609,18 +609,6 @@ def _items_place(run: Run, results: Mapping[str, Any], arm: str, group: str) -> 
     if "tasks" in results:
         return Path(run.folder)
     return Path(run.folder) / results["arms"][arm].get("paths", {}).get("evaluation", "evaluation") / group
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; methods in a list are taken apart by their place."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list) and any(isinstance(one, (Mapping, list)) for one in tree):
-        for i, value in enumerate(tree):
-            yield from _leaves(value, f"{prefix}.{i}")
-    else:
-        yield prefix, tree
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from guidetune.artefacts import fingerprint, finished
+from guidetune.artefacts import fingerprint, finished, leaves
 from guidetune.errors import BadInput
 from guidetune.report import numbers, plots
 from guidetune.report.findings import (
@@ -263,19 +263,6 @@ def _line(runs: Sequence[Run], how: Sequence[Mapping[str, Measurement]], name: s
         else:
             cell.against = compare_task({**result, "vs_instruct": paired})
     return line
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, plain value) of nested settings; lists of methods by their names, other lists as they are."""
-    if isinstance(value, Mapping):  # an empty one has no leaf
-        for key, part in value.items():
-            yield from leaves(part, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-        for i, part in enumerate(value):
-            name = part.get("method") or part.get("name") or part.get("path")
-            yield from leaves(part, f"{prefix}[{name if isinstance(name, str) and len(value) > 1 else i}]")
-    elif value not in (None, []):  # unset, empty and absent are the same thing in a recipe
-        yield prefix, value
 
 
 def differences(values: Sequence[Any]) -> list[tuple[str, list[str]]]:
