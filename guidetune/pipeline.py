@@ -877,17 +877,22 @@ class _Job:
 
     def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
         """What is added to the receiving model at this scale, and the factor that is still to be applied."""
-        from guidetune.weightspace.merged import added
+        from guidetune.models.checkpoint import Checkpoint
+        from guidetune.weightspace.merged import Merged, added
         from guidetune.weightspace.sources import Delta
+        from guidetune.weightspace.stages import Preset
 
         assert arm.tune is not None and arm.transfer is not None
         trained_on, into = self._spec(arm.tune.on), self._spec(arm.transfer.into)
         # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
         lora = (adapter / "adapter_config.json").is_file()
-        if arm.transfer.into_scale == 1:
+        if arm.transfer.into_scale == 1 and arm.transfer.method is None:
             return (adapter if lora else Delta.difference(adapter, trained_on)), scale
-        # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
         learnt = Delta.adapter(adapter, trained_on) if lora else Delta.difference(adapter, trained_on)
+        if (method := arm.transfer.method) is not None:
+            assert isinstance(method, Preset)
+            return Merged(method, [(1.0, learnt)], Checkpoint(self._resolve(arm.transfer.into).path), arm.seed), scale
+        # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
         return added([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))], into), 1.0
 
     # -- evaluate -----------------------------------------------------------------------------------------------------

@@ -253,6 +253,7 @@ Params = _method_field("params", default="lora")
 TokenWeights = _method_field("token_weights")
 Task = _method_field("task")
 Tracker = _method_field("tracker")
+MergeMethod = _method_field("weightspace")
 Source = Annotated[SourceSpec, BeforeValidator(_build_source)]
 ModelName = Annotated[str, BeforeValidator(_place_model), Field(min_length=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -326,9 +327,25 @@ class Transfer(Section):
         1.0,
         description="What separates `into` from the tuned model is multiplied by this (RE-Adapt's alpha); 1: `into` is kept as it is.",
     )
+    method: MergeMethod | None = Field(
+        None, description="What is made of the change before it is added (kind weightspace), such as lines; null: nothing."
+    )
     dtype: Dtype = Field("auto", description="Precision of the written weights; auto: that of the receiving model.")
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="How sums are rounded to that precision.")
     max_shard: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="Largest weight file.")
+
+    @field_validator("method")
+    @classmethod
+    def _one_source(cls, method: Any) -> Any:
+        if method is not None and method.sources_needed[0] > 1:
+            _raise([_fault((), f"{method.name} joins several models, and here is one change", method.name)])
+        return method
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Transfer:
+        if self.method is not None and self.into_scale != 1:
+            _raise([_fault(("method",), "cannot be used together with transfer.into_scale", self.method.name)])
+        return self
 
 
 class Validation(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.names import ParameterNames
 from guidetune.models.sources import ModelSource, resolve
+from guidetune.weightspace.scale import Weight
 from guidetune.weightspace.sources import Delta, fingerprint_of
 from guidetune.weightspace.stages import Merger, Preset, View, layers
 
@@ -25,7 +27,7 @@ class Merged(Delta):
     result depends on the order of two models take it from the list.
     """
 
-    def __init__(self, preset: Preset, parts: Iterable[tuple[float, Delta]], anchor: Checkpoint, seed: int = 0) -> None:
+    def __init__(self, preset: Preset, parts: Iterable[tuple[float | Weight, Delta]], anchor: Checkpoint, seed: int = 0) -> None:
         self.preset, self.anchor, self.seed = preset, anchor, seed
         self.parts = list(parts)
         least, most = preset.sources_needed
@@ -57,6 +59,7 @@ class Merged(Delta):
             if self._merger is None:
                 stages = self.preset.stages()
                 by_depth = stages.scale is not None or stages.scale_from is not None
+                by_depth |= any(isinstance(weight, Weight) for weight, _ in self.parts)
                 depth = layers(self.anchor.names.shapes) if by_depth else {}
                 self._merger = Merger(stages, {name: self._view(name, shape, depth) for name, shape in self.shapes.items()})
             return self._merger
@@ -76,7 +79,7 @@ class Merged(Delta):
             name,
             shape,
             tuple(self._ids[i] for i in chosen),
-            tuple(self.parts[i][0] for i in chosen),
+            tuple(w(name, depth.get(name)) if isinstance(w := self.parts[i][0], Weight) else w for i in chosen),
             depth.get(name),
             self.seed,
             read,
@@ -103,7 +106,8 @@ class Merged(Delta):
         return [problem for _, part in self.parts for problem in part.checks()]
 
     def describe(self) -> dict[str, Any]:
-        parts: Sequence[Any] = [[self.parts[i][0], self.parts[i][1].describe()] for i in self._order]
+        weights = [asdict(w) if isinstance(w, Weight) else w for w, _ in self.parts]
+        parts: Sequence[Any] = [[weights[i], self.parts[i][1].describe()] for i in self._order]
         return {"merge": self.preset.spec(), "parts": parts, "seed": self.seed}
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,15 +26,46 @@ from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
 from guidetune.weightspace.apply import transfer
 from guidetune.weightspace.merged import Merged
+from guidetune.weightspace.mergekit import is_mergekit, plan_of
+from guidetune.weightspace.scale import Weight
 from guidetune.weightspace.sources import Delta, Difference, LoraDelta
 from guidetune.weightspace.stages import Preset
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _weights(value: Any) -> Any:
+    """A number, or the rules of a `Weight`: values spread over the layers, or {filter, value} by parts of names."""
+
+    def numbers(given: Any) -> tuple[float, ...] | None:
+        given = given if isinstance(given, list) else [given]
+        fine = given and all(isinstance(x, (int, float)) and not isinstance(x, bool) and isfinite(x) for x in given)
+        return tuple(float(x) for x in given) if fine else None
+
+    if isinstance(value, Weight):
+        return value
+    found = numbers(value)
+    if found is not None:
+        return Weight(((None, found),)) if isinstance(value, list) else found[0]
+    if isinstance(value, list) and value and all(isinstance(one, dict) and set(one) <= {"filter", "value"} for one in value):
+        rules = [(one.get("filter"), numbers(one.get("value"))) for one in value]
+        if all(found is not None and (part is None or isinstance(part, str)) for part, found in rules):
+            return Weight(tuple(rules))
+    raise ValueError(f"{value!r} is no weight: a number, numbers spread over the layers, or a list of {{filter, value}}")
+
+
+def _written(weight: float | Weight) -> Any:
+    """As it stands in a plan."""
+    if not isinstance(weight, Weight):
+        return weight
+    if len(weight.rules) == 1 and weight.rules[0][0] is None:
+        return list(weight.rules[0][1])
+    return [{"filter": part, "value": list(values)} for part, values in weight.rules]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    weight: Finite = Field(1.0, description="What the delta is multiplied by.")
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    weight: Annotated[Any, BeforeValidator(_weights), PlainSerializer(_written)] = Field(
+        1.0, description="What the delta is multiplied by: a number, numbers spread over the layers, or {filter, value} by parts of names."
+    )
 
 
 class AdapterSource(Part):
@@ -116,6 +148,8 @@ def parse_plan(text: str, name: str = "plan") -> MergePlan:
         raise BadInput(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(data, dict):
         raise BadInput(f"{name}: a plan is a mapping with anchor and sources, not {type(data).__name__}")
+    if is_mergekit(data):
+        data = plan_of(data, name)
     try:
         return MergePlan.model_validate(data)
     except ValidationError as error:
@@ -127,7 +161,7 @@ def merge(
 ) -> StageResult:
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
-    deltas: list[tuple[float, Delta]] = []
+    deltas: list[tuple[float | Weight, Delta]] = []
     problems: list[str] = []
     for part in plan.sources:
         try:
@@ -143,8 +177,8 @@ def merge(
     assert isinstance(preset, Preset)
     stages = preset.stages()
     scale = 1.0
-    if len(deltas) == 1 and stages.plain:  # applied as itself: its check on probe texts then goes through peft
-        weight, delta = deltas[0]
+    weight, delta = deltas[0]
+    if len(deltas) == 1 and stages.plain and isinstance(weight, float):  # as itself: its check on probe texts then goes through peft
         scale = weight * stages.factor
     else:
         delta = Merged(preset, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed)

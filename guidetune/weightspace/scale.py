@@ -25,19 +25,23 @@ class PerLayer:
         return self.alpha + self.beta * ((layer - 1) / (count - 1) if count > 1 else 1.0)
 
 
+def along(values: Sequence[float], layer: tuple[int, int] | None) -> float:
+    """Values spread evenly over the blocks and interpolated between; the first one for everything outside the blocks."""
+    if layer is None or len(values) == 1 or layer[1] == 1:
+        return values[0]
+    place = (layer[0] - 1) / (layer[1] - 1) * (len(values) - 1)
+    low = min(int(place), len(values) - 2)
+    return values[low] + (values[low + 1] - values[low]) * (place - low)
+
+
 @dataclass(frozen=True)
-class Gradient:
-    """Values spread evenly over the blocks and interpolated between; the first one for everything else."""
+class Weight:
+    """A source's weight by tensor: of the rules (part of a name or None for any, values over the layers) the first that fits; else 1."""
 
-    values: Sequence[float]
+    rules: tuple[tuple[str | None, tuple[float, ...]], ...]
 
-    def __call__(self, view: View) -> float:
-        if view.layer is None or len(self.values) == 1:
-            return self.values[0]
-        layer, count = view.layer
-        place = (layer - 1) / (count - 1) * (len(self.values) - 1) if count > 1 else 0.0
-        low = min(int(place), len(self.values) - 2)
-        return self.values[low] + (self.values[low + 1] - self.values[low]) * (place - low)
+    def __call__(self, name: str, layer: tuple[int, int] | None) -> float:
+        return next((along(values, layer) for part, values in self.rules if part is None or part in name), 1.0)
 
 
 def by_norm_ratio(beta: float, outside: str) -> Callable[[Iterable[View], Callable[[View], Iterator[tuple[Piece, torch.Tensor]]]], Scale]:

@@ -13,6 +13,7 @@ import torch
 from guidetune import pipeline
 from guidetune.errors import BadInput, RunFailed
 from guidetune.recipe import load
+from guidetune.weightspace.stages import layers
 
 
 def results(folder: Path) -> dict:
@@ -129,6 +130,22 @@ def test_full_fine_tuning_is_grafted_as_a_difference(place: Path) -> None:
     for name in model:
         torch.testing.assert_close(model[name], instruct[name] + (tuned[name] - base[name]), rtol=0, atol=2e-7)
     assert any(not torch.equal(tuned[n], base[n]) for n in tuned)
+
+
+def test_a_merge_method_on_the_way_to_the_instruct_model(place: Path) -> None:
+    plain = pipeline.run(load(place / "recipe.yaml", ["evaluate=null"]), place / "runs/plain")
+    lines = pipeline.run(
+        load(place / "recipe.yaml", ["evaluate=null", "transfer.method={method: lines, alpha: 0.25}"]), place / "runs/lines"
+    )
+    assert equal(tensors(plain / "adapter"), tensors(lines / "adapter"))
+    instruct, a, b = (tensors(p) for p in (place / "instruct", plain / "model", lines / "model"))
+    depth = layers(instruct)
+    for name in instruct:
+        factor = 0.25 + 0.75 * ((depth[name][0] - 1) / (depth[name][1] - 1)) if name in depth else 0.25
+        torch.testing.assert_close(b[name] - instruct[name], factor * (a[name] - instruct[name]), rtol=1e-4, atol=2e-7)
+    for wrong, words in (("slerp", "joins several models"), ("line", "did you mean 'lines'")):
+        with pytest.raises(BadInput, match=words):
+            load(place / "recipe.yaml", [f"transfer.method={wrong}"])
 
 
 def test_bad_input_is_found_before_work_and_all_at_once(place: Path) -> None:

@@ -81,19 +81,23 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def mergekit_plan(name: str, base: str, tuned: list[str]) -> dict[str, Any]:
+    options, each, _ = CASES[name]
+    plan: dict[str, Any] = {**options, "dtype": "float32", "models": []}
+    for k, model in enumerate(tuned[: len(sources(name))]):
+        parameters = {key: values[k] for key, values in each.items()}
+        plan["models"].append({"model": model, "parameters": parameters} if parameters else {"model": model})
+    if name not in WITHOUT_BASE:
+        plan["base_model"] = tuned[0] if name == "slerp" else base
+    return plan
+
+
 def main(command: str) -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         base, tuned = models(Path(folder))
-        for name, (options, each, _) in CASES.items():
-            used = tuned[: len(sources(name))]
-            plan = {**options, "dtype": "float32", "models": []}
-            for k, model in enumerate(used):
-                parameters = {key: values[k] for key, values in each.items()}
-                plan["models"].append({"model": model, "parameters": parameters} if parameters else {"model": model})
-            if name not in WITHOUT_BASE:
-                plan["base_model"] = tuned[0] if name == "slerp" else base
-            (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(plan))
+        for name in CASES:
+            (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(mergekit_plan(name, base, tuned)))
             out = Path(folder) / f"out-{name}"
             subprocess.run([command, str(Path(folder) / "plan.yaml"), str(out), "--no-copy-tokenizer"], check=True)
             found[name] = {key: tensor.flatten()[::STRIDE].tolist() for key, tensor in sorted(read(out).items())}
