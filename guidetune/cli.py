@@ -388,8 +388,9 @@ def merge(
     scale: Annotated[float, typer.Option("--scale", help="The change is multiplied by this.")] = 1.0,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the written weights.")] = "auto",
     verify: Annotated[str, typer.Option("--verify", help="full, weights, none; auto: full up to 2 GB.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a PLAN would do, and write nothing.")] = False,
 ) -> None:
-    """Write a model from adapters and models."""
+    """Write a model from adapters and models; reads mergekit's YAML too."""
     problems = []
     if (plan is None) == (adapter is None):
         problems.append("merge: give either a PLAN or --adapter DIR --into MODEL")
@@ -397,10 +398,17 @@ def merge(
         problems.append("merge --adapter: name the model that receives it with --into MODEL")
     elif plan is not None and (into is not None or scale != 1.0 or dtype != "auto"):
         problems.append("merge PLAN: --into, --scale and --dtype belong to --adapter; write them into the plan")
-    if out is None:
+    if dry_run and plan is None:
+        problems.append("merge --dry-run: give a PLAN")
+    if out is None and not dry_run:
         problems.append("merge: name the new folder with --out DIR")
     if problems:
         raise BadInput(problems)
+    if dry_run:
+        from guidetune.weightspace.plan import preview
+
+        print(preview(plan))
+        return
     if plan is not None:
         from guidetune.weightspace.plan import merge as merge_plan
 
@@ -558,7 +566,7 @@ def runs_list(
 
         print(json.dumps([{"id": run.id, **asdict(run)} for run in found], indent=1, ensure_ascii=False))
         return
-    _print(_runs_table(found) if found else "no such runs; `guidetune runs scan DIR` looks for run folders")
+    _print(_runs_table(found) if found else "no runs to show; `guidetune runs scan DIR` looks for run folders")
 
 
 @runs_app.command("show")

@@ -52,6 +52,10 @@ class SignElect(Combiner):
     agg: Literal["mean", "sum"] = "mean"
     tie: Literal["plus", "majority"] = "plus"
 
+    @property
+    def reads(self) -> int:
+        return int(self.tie == "majority")
+
     def prepare(self, view: View, taus: Taus) -> Any:
         if self.tie == "plus":
             return 1.0
@@ -106,6 +110,10 @@ class VarianceSelect(Combiner):
 
     topk: float = 1.0
 
+    @property
+    def reads(self) -> int:
+        return 5 if self.topk < 1 else 1
+
     @staticmethod
     def _variance(taus: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(taus).var(0, unbiased=False)
@@ -149,6 +157,10 @@ class ModelStock(Combiner):
     """
 
     clamp: bool = True
+
+    @property
+    def reads(self) -> int:
+        return 1
 
     def prepare(self, view: View, taus: Taus) -> Any:
         gram = _gram(len(view.sources), taus)
@@ -200,6 +212,10 @@ class Spherical(Combiner):
     tolerance: float = 1e-10
     linear_above: float = 0.9995
     always_mean: bool = False
+
+    @property
+    def reads(self) -> int:
+        return 1
 
     def _vectors(self, parts: list[torch.Tensor], piece: Piece) -> list[torch.Tensor]:
         return [part + piece.anchor() for part in parts] if self.of == "models" else parts

@@ -24,12 +24,14 @@ from guidetune.artefacts import StageResult
 from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
-from guidetune.weightspace.apply import transfer
+from guidetune.threads import available_cores
+from guidetune.weightspace.apply import check_origin, make_plan, transfer
 from guidetune.weightspace.merged import Merged
 from guidetune.weightspace.mergekit import is_mergekit, plan_of
 from guidetune.weightspace.scale import Weight
 from guidetune.weightspace.sources import Delta, Difference, LoraDelta
 from guidetune.weightspace.stages import Preset
+from guidetune.weightspace.store import parse_size, plan_shards
 
 
 def _weights(value: Any) -> Any:
@@ -161,27 +163,7 @@ def merge(
 ) -> StageResult:
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
-    deltas: list[tuple[float | Weight, Delta]] = []
-    problems: list[str] = []
-    for part in plan.sources:
-        try:
-            if isinstance(part, AdapterSource):
-                deltas.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
-            else:
-                deltas.append((part.weight, Difference(part.model, part.minus or plan.anchor, part.include)))
-        except BadInput as error:
-            problems += error.problems
-    if problems:
-        raise BadInput(problems)
-    preset = plan.method
-    assert isinstance(preset, Preset)
-    stages = preset.stages()
-    scale = 1.0
-    weight, delta = deltas[0]
-    if len(deltas) == 1 and stages.plain and isinstance(weight, float):  # as itself: its check on probe texts then goes through peft
-        scale = weight * stages.factor
-    else:
-        delta = Merged(preset, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed)
+    delta, scale = _joined(plan)
     try:
         return transfer(
             delta,
@@ -198,6 +180,61 @@ def merge(
         )
     finally:
         delta.close()
+
+
+def _joined(plan: MergePlan) -> tuple[Delta, float]:
+    """The plan's update, and what it is still to be multiplied by."""
+    deltas: list[tuple[float | Weight, Delta]] = []
+    problems: list[str] = []
+    for part in plan.sources:
+        try:
+            if isinstance(part, AdapterSource):
+                deltas.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
+            else:
+                deltas.append((part.weight, Difference(part.model, part.minus or plan.anchor, part.include)))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    preset = plan.method
+    assert isinstance(preset, Preset)
+    stages = preset.stages()
+    weight, delta = deltas[0]
+    if len(deltas) == 1 and stages.plain and isinstance(weight, float):  # as itself: its check on probe texts then goes through peft
+        return delta, weight * stages.factor
+    return Merged(preset, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed), 1.0
+
+
+def preview(plan: MergePlan | str | Path) -> str:
+    """What `merge` would do, in lines of text; nothing is written, and no weight but what the checks need is read.
+
+    Raises:
+        BadInput: what `merge` would refuse, as far as it can be known now.
+    """
+    plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
+    target = resolve(plan.anchor)
+    delta, scale = _joined(plan)
+    try:
+        warnings = check_origin(delta, target, plan.allow_mismatch)
+        with Checkpoint(target.path) as anchor:
+            made = make_plan(delta, anchor, scale, plan.out_dtype, plan.rounding, plan.seed)
+            warnings += made.warnings
+            written = sum(entry.nbytes for entry in made.entries)
+            updated = [entry for entry in made.entries if entry.name in made.update_of]
+            read = anchor.nbytes
+    finally:
+        delta.close()
+    stages = plan.method.stages()  # type: ignore[attr-defined]
+    shards = len(plan_shards(made.entries, parse_size(plan.max_shard)))
+    cores = available_cores()
+    lines = [
+        f"method: {plan.method.name} of {len(plan.sources)} sources, added to {plan.anchor}",
+        f"tensors: {len(updated)} changed, {len(made.entries) - len(updated)} copied as they are or converted",
+        f"writes: {written / 1e9:.2f} GB in {shards} {'file' if shards == 1 else 'files'}",
+        f"reads: {read / 1e9:.2f} GB of the anchor; of each source every tensor up to {stages.reads} times (small ones once)",
+        f"memory: at most about {stages.memory(len(plan.sources), cores) / 1e6:.0f} MB at work on {cores} threads, beside the libraries",
+    ]
+    return "\n".join([*lines, *(f"warning: {text}" for text in warnings)])
 
 
 def _place(spec: str, root: Path) -> str:

@@ -49,6 +49,10 @@ class KeepBand(Sparsifier):
     order: Literal["first", "last"] = "first"
     fit_drop: bool = False
 
+    @property
+    def reads(self) -> int:
+        return 0 if self.scope == "row" else 3  # histogram, one bin of it, ties
+
     def counts(self, n: int) -> tuple[int, int]:
         """(outer, inner): the outer-most ranks that are kept, and how many of them are dropped again."""
         kept, dropped = int(self.keep * n), int(self.drop * n)
@@ -164,6 +168,10 @@ class Bernoulli(Sparsifier):
 
     keep: float
     rescale: Literal["expected", "l1", "none"] = "expected"
+
+    @property
+    def reads(self) -> int:
+        return int(self.rescale == "l1")
 
     def prepare(self, view: View, survey: Any) -> Any:
         if self.rescale != "l1":

@@ -84,7 +84,14 @@ def ranges(shape: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class Sparsifier:
-    """τ → τ̂ with some values dropped (and the rest rescaled). Stateless; what `prepare` returns comes back in `apply`."""
+    """τ → τ̂ with some values dropped (and the rest rescaled). Stateless; what `prepare` returns comes back in `apply`.
+
+    `reads`: how often it reads a tensor before `apply`, at most.
+    """
+
+    @property
+    def reads(self) -> int:
+        return 0
 
     def survey(self, views: Iterable[View]) -> Any:
         """Whatever must be known of the whole model; None: nothing, and the model is not read."""
@@ -100,9 +107,13 @@ class Sparsifier:
 
 
 class Combiner:
-    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ."""
+    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's."""
 
     plain: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> int:
+        return 0
 
     def prepare(self, view: View, taus: Callable[[], Iterator[tuple[Piece, list[torch.Tensor]]]]) -> Any:
         """Whatever must be known of the tensor; `taus()` reads its sparsified, unweighted updates piece by piece."""
@@ -125,6 +136,16 @@ class Stages:
     factor: float = 1.0
     # LiNeS' shallow value by the ratio of norms: (survey of the model) → Scale
     scale_from: Callable[[Iterable[View], Callable[[View], Iterator[tuple[Piece, torch.Tensor]]]], Scale] | None = None
+
+    @property
+    def reads(self) -> int:
+        """How often a tensor is read at most, the last time to be written."""
+        before = self.sparsify.reads + self.combine.reads
+        return before + 1 + (0 if self.scale_from is None else before + 1)
+
+    def memory(self, sources: int, threads: int) -> int:
+        """Bytes at work beside the libraries, at most: what each thread holds of a tensor, and the temporaries of a piece."""
+        return threads * (HELD_BYTES + 4 * PIECE_VALUES * (4 * sources + 8))
 
     @property
     def plain(self) -> bool:

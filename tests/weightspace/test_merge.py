@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from guidetune import registry
 from guidetune.errors import BadInput, RunFailed
 from guidetune.weightspace import apply, stages
-from guidetune.weightspace.plan import MergePlan, merge
+from guidetune.weightspace.plan import MergePlan, merge, preview
 from tests.models.pairs import make_adapter, save
 from tests.tiny import tiny_model
 from tests.weightspace.mergekit import models, read
@@ -106,3 +107,14 @@ def test_a_source_given_twice_is_refused(tuned: tuple[str, list[str]], tmp_path:
         merge(plan(tuned, "ties", (0, 0)), tmp_path / "out")
     with pytest.raises(BadInput, match="needs 2 sources, there are 3"):
         merge(plan(tuned, "slerp"), tmp_path / "out")
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
+    text = preview(plan(tuned, "ties"))
+    size = sum(tensor.numel() * 2 for tensor in read(Path(tuned[0])).values())
+    assert f"writes: {size / 1e9:.2f} GB" in text and "up to 5 times" in text and "21 changed, 0 copied" in text
+    with pytest.raises(BadInput, match="lacks model.layers"):
+        bad = broken(tmp_path, lambda *_: None, num_hidden_layers=3)
+        preview(MergePlan.model_validate({"anchor": tuned[0], "sources": [{"model": bad}]}))
+    with pytest.raises(BadInput, match="scales by depth itself"):
+        registry.build("weightspace", {"method": "lines", "on": "lines"})

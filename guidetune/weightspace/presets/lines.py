@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from guidetune import registry
 from guidetune.registry import method
@@ -27,11 +27,17 @@ class Lines(Preset):
     outside: Literal["first", "last"] = Field("first", description="Embeddings, final norm and head: as the first block, or as the last.")
     on: On = Field("sum", validate_default=True, description="The method that joins the sources.")
 
+    @field_validator("on")
+    @classmethod
+    def _plain(cls, on: registry.Method) -> registry.Method:
+        assert isinstance(on, Preset)
+        if on.stages().scale is not None or on.stages().scale_from is not None:
+            raise ValueError(f"{on.name} scales by depth itself")
+        return on
+
     def stages(self) -> Stages:
         assert isinstance(self.on, Preset)
         inner = self.on.stages()
-        if inner.scale is not None or inner.scale_from is not None:
-            raise ValueError("lines cannot be applied to a method that scales by depth itself")
         if self.alpha == "norm":
             beta = 1.0 if self.beta is None else self.beta
             return replace(inner, factor=1.0, scale_from=by_norm_ratio(beta, self.outside))
