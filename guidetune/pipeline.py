@@ -1145,7 +1145,7 @@ def ordered(order: Mapping[str, Any]) -> dict[str, Any]:
     job._limit = tuple(order["limit"]) if order["limit"] else None  # type: ignore[assignment]
     selection = Selection(**order["selection"]) if order["selection"] else None
     how = _How(scales=tuple(order["scales"]), selection=selection, reference=order["reference"])
-    return job.arm(order["arm"], from_mapping(order["recipe"], root), order["repeat"], how)
+    return job.arm(order["arm"], from_mapping(order["recipe"], root), order["repeat"], how=how)
 
 
 def prepare_data(recipe: Recipe, out: Path | None = None) -> StageResult:
