@@ -390,7 +390,7 @@ def merge(
     verify: Annotated[str, typer.Option("--verify", help="full, weights, none; auto: full up to 2 GB.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a PLAN would do, and write nothing.")] = False,
 ) -> None:
-    """Write a model from adapters and models; reads mergekit's YAML too."""
+    """Write a model from adapters and models."""
     problems = []
     if (plan is None) == (adapter is None):
         problems.append("merge: give either a PLAN or --adapter DIR --into MODEL")
