@@ -106,7 +106,8 @@ def main(out: Path, pair: Path) -> None:
     results = evaluated(pair, out / "evaluation")
     measured["evaluate"] = {label: {k: v for k, v in r.items() if k != "cost"} for label, r in results.items()}
     (own / "measured.json").write_text(json.dumps(measured))
-    torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter: that aborts the process now and then
+    if group.size > 1:
+        torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter: that aborts the process now and then
 
 
 if __name__ == "__main__":
