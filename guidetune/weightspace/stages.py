@@ -13,6 +13,7 @@ threads and shards change no byte.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -106,7 +107,7 @@ class Sparsifier:
         return tau
 
 
-class Combiner:
+class Combiner(ABC):
     """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's."""
 
     plain: ClassVar[bool] = False
@@ -119,8 +120,9 @@ class Combiner:
         """Whatever must be known of the tensor; `taus()` reads its sparsified, unweighted updates piece by piece."""
         return None
 
+    @abstractmethod
     def combine(self, taus: list[torch.Tensor], weights: Sequence[float], piece: Piece, view: View, prepared: Any) -> torch.Tensor:
-        raise NotImplementedError
+        """D of this piece. `taus` must stay as they are."""
 
 
 Scale = Callable[[View], float]
