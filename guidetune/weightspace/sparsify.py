@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from guidetune.weightspace.select import Largest, largest, magnitude_bits
-from guidetune.weightspace.stages import Piece, Sparsifier, View
+from guidetune.weightspace.stages import Piece, Sparsifier, View, ranges
 
 Scope = Literal["row", "tensor", "global"]
 BLOCK = 1 << 16  # values that share a random generator
@@ -83,6 +83,7 @@ class KeepBand(Sparsifier):
                     at = view.sources.index(source)
                     for piece in view.pieces():
                         yield piece.taus[at]
+                    view.release()  # the next one may be needed as much: a model is never held
 
             outer, inner = self._bands(sum(view.numel for view in mine), read)
             keys = [(view.name, start) for view in mine for start in _starts(view)]
@@ -119,8 +120,6 @@ class KeepBand(Sparsifier):
 
 
 def _starts(view: View) -> list[int]:
-    from guidetune.weightspace.stages import ranges
-
     return [start for start, _ in ranges(view.shape)]
 
 
@@ -217,16 +216,6 @@ class RankBernoulli(Sparsifier):
         if self.rescale:
             kept *= 65536 / limit.clamp_min(1)
         return kept.view(tau.shape)
-
-
-@dataclass(frozen=True)
-class Threshold(Sparsifier):
-    """Keep |τ| > eps."""
-
-    eps: float
-
-    def apply(self, i: int, tau: torch.Tensor, piece: Piece, view: View, prepared: Any) -> torch.Tensor:
-        return tau * (tau.abs() > self.eps)
 
 
 def draws(seed: int, source: str, name: str, first: int, count: int) -> torch.Tensor:

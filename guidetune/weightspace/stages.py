@@ -75,6 +75,10 @@ class View:
         for start, stop in ranges(self.shape):
             yield self.piece(start, stop)
 
+    def release(self) -> None:
+        """Forget the updates that are held."""
+        self._held.clear()
+
 
 def ranges(shape: Sequence[int]) -> list[tuple[int, int]]:
     """The row ranges a tensor is worked on in: a function of its shape only. A vector is one range."""
@@ -190,7 +194,7 @@ class Merger:
     def close(self, name: str) -> None:
         """Forget what is held of a tensor that is finished."""
         self._prepared.pop(name, None)
-        self.views[name]._held.clear()
+        self.views[name].release()
 
     def _sparse(self, view: View, piece: Piece, prepared: Any) -> list[torch.Tensor]:
         return [self.stages.sparsify.apply(i, tau, piece, view, prepared) for i, tau in enumerate(piece.taus)]

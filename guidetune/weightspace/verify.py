@@ -69,6 +69,7 @@ def _weights(plan: Plan, written: Checkpoint) -> dict[str, Any]:
             *_, y = plan.compute(entry, start, stop)
             if _bytes(written.rows(entry.name, start, stop)) != _bytes(y):
                 raise RunFailed(f"{entry.name} on disk is not what was computed: the disk or the memory of this machine is unreliable")
+        plan.delta.done(plan.update_of[entry.name])
     for entry in others:
         _check_copy(plan, written, entry)
     return {"weights_recomputed": len(updated), "copies_compared": len(others)}

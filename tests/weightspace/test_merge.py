@@ -118,3 +118,27 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(tuned: tuple[str, l
         preview(MergePlan.model_validate({"anchor": tuned[0], "sources": [{"model": bad}]}))
     with pytest.raises(BadInput, match="scales by depth itself"):
         registry.build("weightspace", {"method": "lines", "on": "lines"})
+
+
+@pytest.mark.parametrize("method", ["ties", {"method": "lines", "alpha": "norm", "on": "ties"}, "model_stock"])
+def test_no_update_is_held_longer_than_its_tensor_is_worked_on(
+    tuned: tuple[str, list[str]], method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, most = set(), []
+    real = stages.View.piece
+
+    def piece(self: stages.View, start: int, stop: int) -> stages.Piece:
+        found = real(self, start, stop)
+        held.add(self.name) if self._held else held.discard(self.name)
+        most.append(len(held))
+        return found
+
+    def release(self: stages.View) -> None:
+        self._held.clear()
+        held.discard(self.name)
+
+    monkeypatch.setattr(stages.View, "piece", piece)
+    monkeypatch.setattr(stages.View, "release", release)
+    monkeypatch.setattr(apply, "available_cores", lambda: 1)
+    merge(plan(tuned, method), tmp_path / "out", verify="weights")
+    assert max(most) == 1 and not held
