@@ -132,7 +132,7 @@ def arms_table(results: Mapping[str, Any]) -> Table:
     table.add_column("vs instruct", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("kept/lost\n/gained", justify="right", no_wrap=True)
-    notes = ["95 % intervals; paired tests; stars after Holm correction over arms: * p<.05 ** p<.01 *** p<.001"]
+    notes = ["95 % intervals; paired tests; p after Holm correction over arms: * p<.05 ** p<.01 *** p<.001"]
     for name, arm in arms_of(results).items():
         shown = clean(name)
         seconds = total_seconds(arm)
@@ -173,8 +173,8 @@ def arms_table(results: Mapping[str, Any]) -> Table:
 
 
 def _p(part: Comparison) -> str:
-    """p of the test by itself, with the stars of the corrected one."""
-    return f"{numbers.p_value(part.p).removeprefix('p').removeprefix(' = ').replace(' ', '')}{numbers.stars(part.corrected)}"
+    """p after correction, as the report shows it, with its stars."""
+    return f"{numbers.p_value(part.corrected).removeprefix('p').removeprefix(' = ').replace(' ', '')}{numbers.stars(part.corrected)}"
 
 
 _COLUMNS = [
