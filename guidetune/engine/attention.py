@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guidetune.engine import scratch
 from guidetune.errors import BadInput
 
 NAME = "guidetune_varlen"
@@ -116,18 +117,38 @@ class Documents:
             at = end
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-    """Rotary positions in fp32, halves paired: (x₁ c − x₂ s, x₂ c + x₁ s), or the transposed map. x [N, H, D]; cos, sin [N, 1, D]."""
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Rotary positions in fp32, halves paired: (x₁ c − x₂ s, x₂ c + x₁ s), or the transposed map. x, out [n, H, D]; cos, sin [n, 1, D]."""
     h = x.shape[-1] // 2
-    x = x.float()
-    y = x * cos
-    if transposed:
-        y[..., :h].addcmul_(x[..., h:], sin[..., h:])
-        y[..., h:].addcmul_(x[..., :h], sin[..., :h], value=-1)
-    else:
-        y[..., :h].addcmul_(x[..., h:], sin[..., :h], value=-1)
-        y[..., h:].addcmul_(x[..., :h], sin[..., h:])
-    return y
+    torch.mul(x, cos, out=out)
+    sign = -1 if transposed else 1
+    out[..., :h].addcmul_(x[..., h:], sin[..., h:] if transposed else sin[..., :h], value=-sign)
+    out[..., h:].addcmul_(x[..., :h], sin[..., :h] if transposed else sin[..., h:], value=sign)
+    return out
+
+
+def rotated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    scaling: float,
+    out: Sequence[torch.Tensor],
+    transposed: bool = False,
+) -> None:
+    """q · scaling and k, rotated in fp32 and rounded once, into out. q [N, Hq, D], k [N, Hkv, D]; cos, sin [N, 1, D] (None: not rotated).
+
+    A few rows at a time: see scratch.py.
+    """  # fmt: skip
+    (n, heads, dim), kv = q.shape, k.shape[1]
+    for a, b in scratch.pieces(n, (heads + kv) * dim):
+        x = scratch.block("rotary in", (b - a, heads + kv, dim), torch.float32, q.device)
+        x[:, :heads], x[:, heads:] = q[a:b], k[a:b]
+        if cos is not None and sin is not None:
+            y = scratch.block("rotary out", (b - a, heads + kv, dim), torch.float32, q.device)
+            x = _rotate(x, cos[a:b], sin[a:b], y, transposed)
+        x[:, :heads] *= scaling
+        out[0][a:b], out[1][a:b] = x[:, :heads], x[:, heads:]
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, group: Group, a: int, b: int, per: int, window: int | None) -> torch.Tensor:
@@ -155,10 +176,8 @@ def attend_documents(
     """
     n, heads, dim = q.shape
     kv, per, dtype = k.shape[1], heads // k.shape[1], v.dtype
-    qk = torch.cat([q, k], 1).float()
-    if cos is not None:
-        qk = rotate(qk, cos, sin)
-    qk[:, :heads] *= scaling
+    qk = torch.empty(n, heads + kv, dim, dtype=dtype, device=q.device)
+    rotated(q, k, cos, sin, scaling, (qk[:, :heads], qk[:, heads:]))
     out = torch.empty(n, heads, dim, dtype=dtype, device=q.device)
     out[documents.total :] = 0
     kept = []
@@ -186,7 +205,9 @@ def attend_documents_backward(
     kept, kv, per, scaling, window = saved
     n, dim, heads = len(do), kept[0][0].shape[-1], kv * per
     do = do.view(n, heads, dim)
-    dqk = torch.empty(n, heads + kv, dim, dtype=torch.float32, device=do.device)
+    # the sums over several tiles are in fp32, and stay so until they are rotated back
+    summed = torch.float32 if any(len(group.tiles()) > 1 for group in documents.groups) else dtype
+    dqk = torch.empty(n, heads + kv, dim, dtype=summed, device=do.device)
     dv = torch.empty(n, kv, dim, dtype=dtype, device=do.device)
     dqk[documents.total :] = 0
     dv[documents.total :] = 0
@@ -210,11 +231,10 @@ def attend_documents_backward(
         group.put(dql, kv, dqk[:, :heads])
         group.put(dkl, kv, dqk[:, heads:])
         group.put(dvl, kv, dv)
-    dqk[:, :heads] *= scaling
-    if cos is not None:
-        dqk = rotate(dqk, cos, sin, transposed=True)
-    dqk = dqk.to(dtype)
-    return dqk[:, :heads].contiguous(), dqk[:, heads:].contiguous(), dv
+    dq = torch.empty(n, heads, dim, dtype=dtype, device=do.device)
+    dk = torch.empty(n, kv, dim, dtype=dtype, device=do.device)
+    rotated(dqk[:, :heads], dqk[:, heads:], cos, sin, scaling, (dq, dk), transposed=True)
+    return dq, dk, dv
 
 
 class _Attention(torch.autograd.Function):

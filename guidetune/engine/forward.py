@@ -14,9 +14,9 @@ from torch import nn
 
 from guidetune.artefacts import derive_seed
 from guidetune.data.rows import EncodedRows
-from guidetune.engine import attention, linear
+from guidetune.engine import attention, linear, scratch
 from guidetune.engine.batching import Layout, MicroBatch, sorted_batches
-from guidetune.engine.head import head_nll, release
+from guidetune.engine.head import head_nll
 from guidetune.engine.recompute import recomputed
 from guidetune.engine.stack import Stack, fast_stack
 from guidetune.models.architecture import Parts, check_head, parts, plain
@@ -169,8 +169,8 @@ def opened(
             exits.enter_context(attention.installed(inner))
         exits.enter_context(linear.installed(model))
         exits.callback(linear.sow, None)
-        release()
-        exits.callback(release)
+        scratch.release()
+        exits.callback(scratch.release)
         exits.enter_context(recomputed(model, checkpointing and stack is None))
         forward = Forward(model, chosen, autocast, stack, checkpointing)
         exits.callback(forward.close)

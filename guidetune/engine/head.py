@@ -15,14 +15,15 @@ plain losses. A trainable head (full fine-tuning) costs two more products in the
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from guidetune.engine import scratch
 from guidetune.models.architecture import Parts, has_contents, transform
 
-CHUNK_ELEMENTS = 8_388_608  # logits held at once on a CPU: 32 MB in fp32
+CHUNK_ELEMENTS = 8_388_608  # logits held at once on a CPU: 16 MB in bf16
 GPU_CHUNK_ROWS = 2048  # a GPU needs tall products
 
 
@@ -41,42 +42,25 @@ def logits(h: torch.Tensor, head: Parts) -> torch.Tensor:
         return transform(z if head.bias is None else z + head.bias.float(), head)
 
 
-class _Scratch(threading.local):
-    """One chunk of logits per thread, used again: a fresh 30 MB block costs more in page faults than the softmax in it."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[Any, torch.Tensor] = {}
-
-    def block(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        key = (vocab, dtype, device, torch.is_inference_mode_enabled())
-        have = self.blocks.get(key)
-        if have is None or len(have) < rows:
-            have = self.blocks[key] = torch.empty(rows, vocab, dtype=dtype, device=device)
-        return have[:rows]
-
-
-_scratch = _Scratch()
-
-
-def release() -> None:
-    """Give the calling thread's chunk back."""
-    _scratch.blocks.clear()
-
-
-def _softmax(h: torch.Tensor, y: torch.Tensor, head: Parts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """softmax fp32 [n, V] (in scratch), nll [n], and the soft cap's slope [n, V] where there is one."""
+def _product(h: torch.Tensor, y: torch.Tensor, head: Parts) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h Wᵀ − z[y] [n, V] in the weights' dtype (in scratch), and z[y] [n, 1]; plain h Wᵀ and None for fp32 weights."""
     weight = head.weight
-    n, vocab = len(h), weight.shape[0]
-    p = _scratch.block(n, vocab, torch.float32, h.device)
+    z = scratch.block("logits", (len(h), weight.shape[0]), weight.dtype, h.device)
     h = h.to(weight.dtype)
     if weight.dtype == torch.float32:
-        shift = None
-        torch.mm(h, weight.T, out=p)
-    else:
-        shift = (h.float() * weight.index_select(0, y).float()).sum(-1, keepdim=True).to(weight.dtype)
-        z = _scratch.block(n, vocab, weight.dtype, h.device)
-        z.copy_((-shift).expand_as(z))
-        p.copy_(torch.addmm(z, h, weight.T, out=z))
+        return torch.mm(h, weight.T, out=z), None
+    shift = (h.float() * weight.index_select(0, y).float()).sum(-1, keepdim=True).to(weight.dtype)
+    z.copy_((-shift).expand_as(z))
+    return torch.addmm(z, h, weight.T, out=z), shift
+
+
+def _softmax(
+    h: torch.Tensor, y: torch.Tensor, z: torch.Tensor, shift: torch.Tensor | None, head: Parts
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """softmax fp32 [n, V] (in scratch), nll [n], and the soft cap's slope [n, V] where there is one, from `_product`'s result."""
+    p = z
+    if shift is not None:
+        p = scratch.block("probabilities", tuple(z.shape), torch.float32, z.device).copy_(z)
     if head.bias is not None:
         p += head.bias.float()
     slope = None
@@ -93,17 +77,22 @@ def _softmax(h: torch.Tensor, y: torch.Tensor, head: Parts) -> tuple[torch.Tenso
     nll = -target.log()
     if has_contents(target) and bool((target < 1e-30).any()):  # too small for fp32: once more, by their logits
         rare = (target < 1e-30).nonzero().squeeze(1)
-        z = logits(h[rare], head)
-        nll[rare] = z.logsumexp(-1) - z.gather(1, y[rare, None]).squeeze(1)
+        again = logits(h[rare], head)
+        nll[rare] = again.logsumexp(-1) - again.gather(1, y[rare, None]).squeeze(1)
     return p, nll, slope
 
 
 def _grad_logits(p: torch.Tensor, y: torch.Tensor, slope: torch.Tensor | None, head: Parts) -> torch.Tensor:
     """d nll / d (h Wᵀ): softmax minus one-hot, through the soft cap and the scale. p is overwritten."""
-    p[torch.arange(len(y), device=y.device), y] -= 1.0
+    p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0))
     if slope is not None:
         p *= slope
     return p.mul_(head.scale) if head.scale != 1.0 else p
+
+
+def _few(rows: int, weight: torch.Tensor) -> Iterable[tuple[int, int]]:
+    """The rows of a chunk in the pieces that go through the softmax at once: few on a CPU, where they stay in the cache."""
+    return [(0, rows)] if weight.is_cuda else scratch.pieces(rows, weight.shape[0])
 
 
 def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -122,13 +111,15 @@ class _HeadNLL(torch.autograd.Function):
             for a in range(0, n, step):
                 b = min(a + step, n)
                 rows, targets = _filled(h[a:b], step), _filled(y[a:b], step)
-                p, part, slope = _softmax(rows, targets, head)
-                nll[a:b] = part[: b - a]
+                z, shift = _product(rows, targets, head)
+                for c, d in _few(step, weight):
+                    one = slice(c, d)
+                    p, part, slope = _softmax(rows[one], targets[one], z[one], None if shift is None else shift[one], head)
+                    nll[a + c : min(a + d, b)] = part[: max(b - a - c, 0)]
+                    if dh is not None:
+                        z[one] = _grad_logits(p, targets[one], slope, head)
                 if dh is not None:
-                    g = _grad_logits(p, targets, slope, head)
-                    if weight.dtype != torch.float32:
-                        g = _scratch.block(step, weight.shape[0], weight.dtype, h.device).copy_(g)
-                    dh[a:b] = (g @ weight)[: b - a]
+                    dh[a:b] = (z @ weight)[: b - a]
         trained = ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2])
         ctx.head, ctx.trained = head, trained
         ctx.save_for_backward(dh, h if trained else None, y if trained else None)
@@ -145,8 +136,9 @@ class _HeadNLL(torch.autograd.Function):
             grad_b = torch.zeros_like(head.bias, dtype=torch.float32) if head.bias is not None else None
             step = chunk_rows(head.weight.shape[0], len(y), h.device.type)
             for a in range(0, len(y), step):
-                p, _, slope = _softmax(h[a : a + step], y[a : a + step], head)
-                g = _grad_logits(p, y[a : a + step], slope, head).mul_(grad[a : a + step, None])
+                rows, targets = h[a : a + step], y[a : a + step]
+                p, _, slope = _softmax(rows, targets, *_product(rows, targets, head), head)
+                g = _grad_logits(p, targets, slope, head).mul_(grad[a : a + step, None])
                 with torch.autocast(h.device.type, enabled=False):
                     grad_w.addmm_(g.T, h[a : a + step].float())
                 if grad_b is not None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guidetune.engine import attention
+from guidetune.engine import attention, scratch
 from guidetune.engine.linear import Adapted, Bundle, Gradients, Noise, adapted, add_gradient
 from guidetune.models.architecture import has_contents
 
@@ -41,20 +41,33 @@ class Norm:
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        """x w / rms(x), in fp32 and rounded once; a few rows at a time (see scratch.py)."""
+        rows, out, weight = x.flatten(0, -2), torch.empty_like(x), self.weight.float()
+        flat = out.view(rows.shape)
+        for a, b in scratch.pieces(*rows.shape):
+            xf = scratch.block("norm", (b - a, rows.shape[1]), torch.float32, x.device).copy_(rows[a:b])
+            flat[a:b] = xf.mul_(self._inverse(xf)).mul_(weight)
+        return out
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, wanted: frozenset[int], grads: Gradients) -> torch.Tensor:
-        """dx in fp32: r (g − x (g·x) r² / d) with g = dy w, r = 1 / rms(x)."""
+    def backward(
+        self, dy: torch.Tensor, x: torch.Tensor, wanted: frozenset[int], grads: Gradients, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """dx = r (g − x (g·x) r² / d) with g = dy w, r = 1 / rms(x): added to `into` (fp32), or in the dtype of dy."""
         xf = x.float()
         g = dy.float()
-        r = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        r = self._inverse(xf)
         if id(self.weight) in wanted:
             add_gradient(grads, self.weight, (g * xf * r).flatten(0, -2).sum(0))
         g = g * self.weight.float() if g is dy else g.mul_(self.weight.float())
         c = (g * xf).sum(-1, keepdim=True)
         c *= r * r
         c /= x.shape[-1]
-        return g.addcmul_(xf, c, value=-1).mul_(r)
+        g = g.addcmul_(xf, c, value=-1).mul_(r)
+        return g.to(dy.dtype) if into is None else into.add_(g)
+
+    def _inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """1 / rms of each row of x (fp32): [n, 1]."""
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
 
 
 @dataclass(frozen=True)
@@ -157,8 +170,7 @@ class Stack:
         (x1,), s_out = layer.out.forward(o, residual=xr, noise=batch.noise(i, "out", last))
         n2 = layer.norm2.forward(x1)
         (g, u), s_gate_up = layer.gate_up.forward(n2, noise=batch.noise(i, "gate_up", last))
-        h = F.silu(g)
-        h *= u
+        h = F.silu(g).mul_(u)
         (y,), s_down = layer.down.forward(h, residual=x1, noise=batch.noise(i, "down", last))
         # the inputs of norms whose output is not scaled again are cheap to form once more; q and k are kept only under their own norm
         heads = (q if layer.q_norm else None, k if layer.k_norm else None)
@@ -194,7 +206,7 @@ class Stack:
         dn2 = layer.gate_up.backward([dg, du], n2, s_gate_up, wanted, grads, below_norm2)
         if dn2 is None:
             return None
-        dx1 = dy.add_(layer.norm2.backward(dn2, x1, wanted, grads))
+        dx1 = layer.norm2.backward(dn2, x1, wanted, grads, into=dy)
         if not below_out:
             return None
         do = layer.out.backward([dx1.to(self.dtype)], o, s_out, wanted, grads, below_attention)
@@ -206,11 +218,11 @@ class Stack:
             dx1 = dx1.new_zeros(x.shape).index_copy_(0, batch.rows, dx1[:n])
         dq, dk, dv = attention.attend_documents_backward(do, s_attention, batch.cos, batch.sin, batch.documents, self.dtype)
         if layer.q_norm:
-            dq = layer.q_norm.backward(dq, q, wanted, grads).to(self.dtype)
+            dq = layer.q_norm.backward(dq, q, wanted, grads)
         if layer.k_norm:
-            dk = layer.k_norm.backward(dk, k, wanted, grads).to(self.dtype)
+            dk = layer.k_norm.backward(dk, k, wanted, grads)
         dn1 = layer.qkv.backward([t.view(len(x), -1) for t in (dq, dk, dv)], n1, s_qkv, wanted, grads, below_norm1)
-        return None if dn1 is None else dx1.add_(layer.norm1.backward(dn1, x, wanted, grads))
+        return None if dn1 is None else layer.norm1.backward(dn1, x, wanted, grads, into=dx1)
 
 
 def _lowest(stack: Stack, needed: Sequence[bool]) -> int:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guidetune.engine.attention import KEPT_LENGTH, TILE, Documents, _Attention, attend_documents, attend_documents_backward, rotate
+from guidetune.engine.attention import KEPT_LENGTH, TILE, Documents, _Attention, attend_documents, attend_documents_backward, rotated
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scaling: float, window: int | None) -> torch.Tensor:
@@ -74,8 +74,21 @@ def test_rows_behind_the_last_document_give_and_get_nothing() -> None:
     assert torch.equal(out[:25], again)
 
 
-def test_rotation_backwards_is_its_transpose() -> None:
-    x, y, angle = torch.randn(6, 3, 8), torch.randn(6, 3, 8), torch.randn(6, 1, 8)
-    left = (rotate(x, angle.cos(), angle.sin()) * y).sum()
-    right = (x * rotate(y, angle.cos(), angle.sin(), transposed=True)).sum()
-    assert float(left) == pytest.approx(float(right), rel=1e-5)
+def test_rotation_backwards_is_its_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    from guidetune.engine import scratch
+
+    monkeypatch.setattr(scratch, "ELEMENTS", 1)  # pieces of 16 rows
+    n, heads, kv, dim = 50, 3, 2, 8
+    x, y = ([torch.randn(n, heads, dim), torch.randn(n, kv, dim)] for _ in range(2))
+    angle = torch.randn(n, 1, dim // 2).repeat(1, 1, 2)
+
+    def turned(parts: list[torch.Tensor], transposed: bool = False) -> list[torch.Tensor]:
+        out = [torch.empty_like(part) for part in parts]
+        rotated(*parts, angle.cos(), angle.sin(), 0.3, out, transposed)
+        return out
+
+    left = sum(float((a * b).sum()) for a, b in zip(turned(x), y, strict=True))
+    right = sum(float((a * b).sum()) for a, b in zip(x, turned(y, transposed=True), strict=True))
+    assert left == pytest.approx(right, rel=1e-4)
+    half = torch.cat([-x[0][..., dim // 2 :], x[0][..., : dim // 2]], -1)
+    torch.testing.assert_close(turned(x)[0], 0.3 * (x[0] * angle.cos() + half * angle.sin()), rtol=1e-5, atol=1e-6)
