@@ -135,9 +135,7 @@ def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folde
         key = study.key()
         artefacts.stage(place, key, lambda work: preset.learn(study, work))
     else:
-        of = _manifest(place)["key"]
-        if (of.get("anchor"), sorted(of.get("sources", []))) != (fingerprint(target), sorted(merged.ids)):
-            raise BadInput(f"{place} was learnt for another anchor or for other sources; leave `learnt` out to learn it for these")
+        study.check_learnt()
     merged.preset = with_learnt(merged.preset, place)
     return place
 
@@ -191,6 +189,13 @@ class Study:
         empty = [task.name for task in self.tasks if not len(self.rows_of(task))]
         if empty:
             raise BadInput([f"data of task {task!r}: no row has a supervised token to learn from" for task in empty])
+
+    def check_learnt(self) -> None:
+        """Raises BadInput where what is given as learnt before belongs to another merge."""
+        place = Path(str(self.preset.learnt))
+        of = _manifest(place)["key"]
+        if (of.get("anchor"), sorted(of.get("sources", []))) != (fingerprint(self.target), sorted(self.merged.ids)):
+            raise BadInput(f"{place} was learnt for another anchor or for other sources; leave `learnt` out to learn it for these")
 
     def key(self) -> dict[str, Any]:
         return {

@@ -282,6 +282,7 @@ def preview(plan: MergePlan | str | Path) -> str:
                     study.check_data()
                     learning = [f"learns: {preset.cost(study).text()}"]
                 else:
+                    study.check_learnt()
                     learning = [f"learns: nothing more; {preset.learnt} is used"]
                 del study  # its rows are mapped from the scratch folder
         with Checkpoint(target.path) as anchor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def test_what_was_learnt_for_others_is_refused(place: Path, tmp_path: Path) -> N
     method = given_table(place, tmp_path / "learnt", lambda i, name: [0.5])
     with pytest.raises(BadInput, match="for another anchor or for other sources"):
         merge(plan(place, method, kind="tuned"), tmp_path / "out")
+    with pytest.raises(BadInput, match="for another anchor or for other sources"):
+        preview(plan(place, method, kind="tuned"))
     with pytest.raises(BadInput, match="holds nothing that was learnt"):
         merge(plan(place, {"method": "atlas", "learnt": str(tmp_path / "none")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -460,11 +463,19 @@ def test_from_the_command_line(name: str, place: Path, tmp_path: Path, capsys: p
     assert all(torch.equal(values[n], again[n]) for n in values) and not (tmp_path / "again-learnt").exists()
 
 
+def test_the_documented_methods_and_plan_are_understood() -> None:
+    text = (Path(__file__).parents[2] / "docs/merge.md").read_text(encoding="utf-8").split("## Merges that learn")[1].split("\n## ")[0]
+    written = re.findall(r"`(\{method: [^`]*\})`", text)
+    assert {registry.build("weightspace", yaml.safe_load(one)).name for one in written} == set(METHODS)
+    shown = MergePlan.model_validate(yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]))
+    assert shown.data is not None and shown.data.unlabelled and len(shown.data.tasks) == 2 == len(shown.sources)
+
+
 def test_refusals_come_before_anything_is_learnt(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(BadInput, match="adamerging learns from data, and there are none; add data"):
         merge(plan(place, "adamerging", data=None), out)
-    with pytest.raises(BadInput, match=r"rows of each source's own task: 2 sources, but data.tasks has 1"):
+    with pytest.raises(BadInput, match=r"rows of each source's own task: 2 sources"):
         preview(plan(place, "fisher", data={"tasks": [str(place / "task1.jsonl")]}))
     with pytest.raises(BadInput, match=r"data.tasks.0: no data at"):
         merge(plan(place, "regmean", data={"tasks": [str(place / "none.jsonl"), str(place / "task1.jsonl")]}), out)
