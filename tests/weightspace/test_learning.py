@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from guidetune import artefacts, cli, registry
+from guidetune import artefacts, cli, pipeline, recipe, registry
 from guidetune.data.rows import EncodedRows, RowWriter
 from guidetune.errors import BadInput, RunFailed
 from guidetune.models.checkpoint import Checkpoint
@@ -508,3 +508,51 @@ def test_statistics_that_are_not_finite_stop_it(name: str, place: Path, tmp_path
     with pytest.raises(RunFailed, match="not finite"):
         merge(plan(place, {"method": name, **METHODS[name]}, sources=sources), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out-learnt/learnt").exists()
+
+
+@pytest.fixture(scope="module")
+def world_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of the embedded instruct model, tuned for a few steps on two of its tasks."""
+    folder = tmp_path_factory.mktemp("world")
+    for task in ("arithmetic", "knowledge"):
+        tree = {
+            "name": task,
+            "models": {"base": "world:base", "instruct": "world:instruct"},
+            "data": {"train": [{"path": f"world:{task}", "limit": 96}], "max_length": 256},
+            "tune": {"on": "instruct", "params": {"rank": 8, "alpha": 16}, "lr": 2e-3, "epochs": 1, "batch": 16, "max_length": 256},
+        }
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(tree))
+        pipeline.run(recipe.load(folder / f"{task}.yaml"), folder / task)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_on_the_embedded_world(name: str, world_adapters: Path, tmp_path: Path) -> None:
+    options = {
+        "fisher": {"limit": 12},
+        "regmean": {"limit": 12},
+        "adamerging": {"steps": 8, "lr": 0.02, "limit": 16},
+        "atlas": {"steps": 10, "limit": 40},
+    }
+    tasks = ("arithmetic", "knowledge")
+    tree = {
+        "anchor": "world:instruct",
+        "sources": [{"adapter": str(world_adapters / task / "adapter")} for task in tasks],
+        "method": {"method": name, **options[name]},
+        "data": {"tasks": [{"path": f"world:{task}", "limit": 60} for task in tasks], "max_length": 256},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["merge", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")])
+    assert not caught.value.code
+    result = json.loads((tmp_path / "out-learnt/learnt/manifest.json").read_text())["result"]
+    if name == "atlas":
+        assert min(check["loss"] for check in result["held_out"]) < result["held_out"][0]["loss"]
+    elif name == "adamerging":
+        assert result["loss_last"] < result["loss_first"]
+    anchor, got = load_model("world:instruct", device="cpu"), load_model(tmp_path / "out", device="cpu")
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        a, b = anchor(input_ids=ids).logits, got(input_ids=ids).logits
+    assert 0 < float((a - b).abs().max()) < 20 and bool(torch.isfinite(b).all())
