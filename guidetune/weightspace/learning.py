@@ -117,7 +117,7 @@ def with_learnt(preset: Preset, folder: Path) -> Preset:
     return preset.model_copy(update=inner)
 
 
-def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folder: Path) -> Path:
+def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folder: Path, allow_mismatch: bool = False) -> Path:
     """Let the learner of `merged`'s preset learn, unless `folder` holds that already, and give the preset what was learnt.
 
     Returns the folder of what was learnt.
@@ -128,7 +128,7 @@ def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folde
     """
     preset = learner(merged.preset)
     assert preset is not None
-    study = Study.of(preset, merged, target, tasks)
+    study = Study.of(preset, merged, target, tasks, allow_mismatch)
     place = folder if preset.learnt is None else Path(preset.learnt)
     if preset.learnt is None:
         study.check_data()
@@ -157,13 +157,13 @@ class Study:
     tasks: list[TaskRows]
 
     @classmethod
-    def of(cls, preset: Learned, merged: Merged, target: ModelSource, tasks: Sequence[TaskRows]) -> Study:
+    def of(cls, preset: Learned, merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], allow_mismatch: bool = False) -> Study:
         """Raises BadInput where the sources do not fit the anchor."""
         from guidetune.weightspace.apply import check_origin, make_plan
 
         problems = []
         try:
-            check_origin(merged, target, allow_mismatch=False)
+            check_origin(merged, target, allow_mismatch)
         except BadInput as error:
             problems += error.problems
         try:

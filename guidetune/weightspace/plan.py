@@ -29,7 +29,7 @@ from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
 from guidetune.threads import available_cores
 from guidetune.weightspace.apply import check_origin, check_place, make_plan, read_folders, transfer
-from guidetune.weightspace.learning import Study, TaskRows, learner, taught
+from guidetune.weightspace.learning import Study, TaskRows, learner, taught, with_learnt
 from guidetune.weightspace.merged import Merged
 from guidetune.weightspace.mergekit import is_mergekit, plan_of
 from guidetune.weightspace.scale import Weight
@@ -158,8 +158,16 @@ def load_plan(path: str | Path) -> MergePlan:
         raise BadInput(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
     plan = parse_plan(text, path.name)
     sources = [_beside(part, path.parent) for part in plan.sources]
+    method, own = plan.method, learner(plan.method)
+    if own is not None and own.learnt is not None:
+        method = with_learnt(method, Path(_place(own.learnt, path.parent)))
     return plan.model_copy(
-        update={"sources": sources, "anchor": _place(plan.anchor, path.parent), "data": _data_beside(plan.data, path.parent)}
+        update={
+            "method": method,
+            "sources": sources,
+            "anchor": _place(plan.anchor, path.parent),
+            "data": _data_beside(plan.data, path.parent),
+        }
     )
 
 
@@ -193,7 +201,7 @@ def merge(
         if isinstance(delta, Merged) and learner(delta.preset) is not None:
             check_place(out, [resolve(plan.anchor).path, *read_folders(delta)])
             beside = out.with_name(f"{out.name}-learnt")
-            taught(delta, resolve(plan.anchor), _task_rows(plan, beside), beside / "learnt")
+            taught(delta, resolve(plan.anchor), _task_rows(plan, beside), beside / "learnt", plan.allow_mismatch)
         delta, scale = _plainly(delta)
         return transfer(
             delta,
@@ -277,7 +285,7 @@ def preview(plan: MergePlan | str | Path) -> str:
         warnings = check_origin(delta, target, plan.allow_mismatch)
         if (preset := learner(merged.preset)) is not None:
             with tempfile.TemporaryDirectory() as scratch:
-                study = Study.of(preset, merged, target, _task_rows(plan, Path(scratch)))
+                study = Study.of(preset, merged, target, _task_rows(plan, Path(scratch)), plan.allow_mismatch)
                 if preset.learnt is None:
                     study.check_data()
                     learning = [f"learns: {preset.cost(study).text()}"]

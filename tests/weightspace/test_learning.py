@@ -454,13 +454,23 @@ def test_from_the_command_line(name: str, place: Path, tmp_path: Path, capsys: p
     # nothing is learnt twice, and the order of the sources changes nothing
     run("--out", str(tmp_path / "out"))
     assert (learnt / "manifest.json").stat().st_mtime_ns == before
-    tree["method"]["learnt"] = str(learnt)
+    tree["method"]["learnt"] = "out-learnt/learnt"  # beside the plan
     tree["sources"].reverse()
     del tree["data"]
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tree))
     run("--out", str(tmp_path / "again"))
     again = read(tmp_path / "again")
     assert all(torch.equal(values[n], again[n]) for n in values) and not (tmp_path / "again-learnt").exists()
+
+
+def test_lines_on_a_method_that_learns(place: Path, tmp_path: Path) -> None:
+    fisher = {"method": "fisher", "limit": 2}
+    plain = merge(plan(place, fisher), tmp_path / "plain", verify="none")
+    made = plan(place, {"method": "lines", "alpha": 0.0, "on": fisher})
+    assert "learns: 4 forward and 4 backward passes" in preview(made)
+    lines = merge(made, tmp_path / "lines", verify="none")
+    base, a, b = (read(folder) for folder in (place / "base", plain.path, lines.path))
+    assert all(torch.equal(b[name], base[name] if ".layers.1." not in name else a[name]) for name in base)
 
 
 def test_the_documented_methods_and_plan_are_understood() -> None:
