@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from guidetune import artefacts, cli, pipeline, recipe, registry
 from guidetune.data.rows import EncodedRows, RowWriter
+from guidetune.engine import attention
 from guidetune.errors import BadInput, RunFailed
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.loading import load_model
@@ -388,8 +389,12 @@ def test_regmean_maps() -> None:
         merged(flat)
 
 
-@pytest.mark.parametrize("held", ["4GB", "20KB"])
-def test_regmean_collects_the_inputs_of_every_linear_layer(place: Path, tmp_path: Path, held: str) -> None:
+@pytest.mark.parametrize(("held", "padded"), [("4GB", False), ("20KB", True)])
+def test_regmean_collects_the_inputs_of_every_linear_layer(
+    place: Path, tmp_path: Path, held: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if padded:  # as for architectures whose documents cannot lie in one row
+        monkeypatch.setattr(attention, "supported", lambda model: False)
     merge(plan(place, {"method": "regmean", "held": held, "per_token": False}, kind="tuned"), tmp_path / "out", verify="none")
     folder = tmp_path / "out-learnt/learnt"
     result = json.loads((folder / "manifest.json").read_text())["result"]
@@ -461,6 +466,25 @@ def test_from_the_command_line(name: str, place: Path, tmp_path: Path, capsys: p
     run("--out", str(tmp_path / "again"))
     again = read(tmp_path / "again")
     assert all(torch.equal(values[n], again[n]) for n in values) and not (tmp_path / "again-learnt").exists()
+
+
+def test_tied_embeddings_are_one_block(place: Path, tmp_path: Path) -> None:
+    base = save(tiny_model("gemma3", tie_word_embeddings=True), tmp_path / "base")
+    tuned = tiny_model("gemma3", tie_word_embeddings=True)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    save(tuned, tmp_path / "tuned")
+    sources = [{"model": str(tmp_path / "tuned")}]
+    method = {"method": "atlas", "steps": 2, "batch": 4, "held_out": 0.0}
+    merge(plan(place, method, anchor=str(base), sources=sources), tmp_path / "out", verify="full")
+    source = json.loads((tmp_path / "out-learnt/learnt/coefficients.json").read_text())["sources"][0]
+    w, t, got = (read(tmp_path / name) for name in ("base", "tuned", "out"))
+    assert "lm_head.weight" not in got and len(w) == len(got)
+    for name in got:
+        factor = source["coefficients"][name]
+        assert factor != 0
+        torch.testing.assert_close(got[name], w[name] + factor * (t[name] - w[name]), rtol=0, atol=1e-6)
 
 
 def test_lines_on_a_method_that_learns(place: Path, tmp_path: Path) -> None:
