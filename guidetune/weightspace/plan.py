@@ -141,12 +141,12 @@ class MergePlan(BaseModel):
     anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
     sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
     method: Method = Field("sum", validate_default=True, description="How the deltas are combined (kind weightspace).")
-    data: PlanData | None = Field(None, description="Rows for methods that learn from data.")
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard: int | str = "5GB"
     seed: int = 0
     allow_mismatch: bool = Field(False, description="Write even when models do not fit together.")
+    data: PlanData | None = Field(None, description="Rows for methods that learn from data.")
 
 
 def load_plan(path: str | Path) -> MergePlan:
@@ -251,6 +251,7 @@ def _task_rows(plan: MergePlan, folder: Path) -> list[TaskRows]:
     """The encoded rows of the plan's tasks, made in `folder` by the prepare stage."""
     from guidetune.data.chat import Chat
     from guidetune.data.prepare import PrepareSettings, prepare
+    from guidetune.data.prompts import prompts
     from guidetune.data.rows import EncodedRows
     from guidetune.models.loading import load_tokenizer
 
@@ -261,6 +262,8 @@ def _task_rows(plan: MergePlan, folder: Path) -> list[TaskRows]:
     tasks, problems = [], []
     for number, sources in enumerate(plan.data.tasks, 1):
         try:
+            if plan.data.unlabelled:
+                sources = [prompts(one, Path.cwd(), folder / f"prompts-{number}-{k}.jsonl") for k, one in enumerate(sources, 1)]
             done = prepare(sources, [], chat, settings, folder / f"data-{number}", Path.cwd())
             tasks.append(TaskRows(" + ".join(labels(sources)), EncodedRows.open(done.path), done.path))
         except BadInput as error:
