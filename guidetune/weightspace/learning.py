@@ -10,6 +10,7 @@ a manifest; the merge itself is then the streamed one of every other preset.
 
 from __future__ import annotations
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folde
 
     Raises:
         BadInput: no data, or data of another number of tasks; a source does not fit the anchor; `learnt` belongs to other sources.
-        RunFailed: a statistic, loss or gradient is not finite.
+        RunFailed: a statistic, loss or gradient is not finite, or the disk is full.
     """
     preset = learner(merged.preset)
     assert preset is not None
@@ -133,7 +134,12 @@ def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folde
     if preset.learnt is None:
         study.check_data()
         key = study.key()
-        artefacts.stage(place, key, lambda work: preset.learn(study, work))
+        try:
+            artefacts.stage(place, key, lambda work: preset.learn(study, work))
+        except OSError as error:
+            shutil.rmtree(place.with_name(f".{place.name}.partial"), ignore_errors=True)  # statistics are large: a full disk is given room
+            need = preset.cost(study).disk
+            raise RunFailed(f"cannot write what is learnt to {place}: {error.strerror or error}; it takes {need / 1e6:,.1f} MB") from None
     else:
         study.check_learnt()
     merged.preset = with_learnt(merged.preset, place)
