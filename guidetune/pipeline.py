@@ -878,6 +878,7 @@ class _Job:
     def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
         """What is added to the receiving model at this scale, and the factor that is still to be applied."""
         from guidetune.models.checkpoint import Checkpoint
+        from guidetune.weightspace.learning import TaskRows, learner, taught, with_learnt
         from guidetune.weightspace.merged import Merged, added
         from guidetune.weightspace.sources import Delta
         from guidetune.weightspace.stages import Preset
@@ -891,7 +892,14 @@ class _Job:
         learnt = Delta.adapter(adapter, trained_on) if lora else Delta.difference(adapter, trained_on)
         if (method := arm.transfer.method) is not None:
             assert isinstance(method, Preset)
-            return Merged(method, [(1.0, learnt)], Checkpoint(self._resolve(arm.transfer.into).path), arm.seed), scale
+            merged = Merged(method, [(1.0, learnt)], Checkpoint(self._resolve(arm.transfer.into).path), arm.seed)
+            if learner(method) is not None:
+                split = "validation" if arm.data.validation else "train"
+                place, rows = self.prepare(arm, split)
+                task = TaskRows(split, rows, place)
+                found = _group().once(lambda: taught(merged, self._resolve(arm.transfer.into), [task], adapter.parent / "learnt"))
+                merged.preset = with_learnt(method, found)
+            return merged, scale
         # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
         return added([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))], into), 1.0
 
@@ -955,6 +963,8 @@ class _Job:
                 moved = self.transfer(arm, tuned.path, folder)
                 entry["transfer"] = {k: v for k, v in moved.result.items() if k != "tensors"}
                 entry["paths"]["model"] = self._relative(moved.path)
+                if arm.transfer.method is not None and (folder / "learnt").is_dir():
+                    entry["paths"]["learnt"] = self._relative(folder / "learnt")
                 cost["transfer_s"] = moved.seconds
                 model = moved.path
         start = time.monotonic()

@@ -69,6 +69,12 @@ class Encoded:
     def supervised(self) -> int:
         return sum(self.target)
 
+    def prompt_only(self) -> Encoded:
+        """The tokens up to the first one of the last answer, which is the only target: where a prediction is looked at, not learnt from."""
+        end = next((at for at in range(self.prompt_length, len(self.target)) if self.target[at]), self.prompt_length) + 1
+        pieces = [piece._replace(end=min(piece.end, end)) for piece in self.pieces if piece.start < end]
+        return Encoded(self.input_ids[:end], [False] * (end - 1) + [True], pieces, self.prompt_length, False)
+
 
 @dataclass(frozen=True)
 class Refused:

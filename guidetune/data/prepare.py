@@ -49,6 +49,9 @@ class PrepareSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    unlabelled: bool = Field(
+        False, description="Keep of each row its prompt and the first token after it, the one target (see prompts.py)."
+    )
     max_length: int = Field(2048, gt=1, description="Longest row in tokens.")
     over_length: Literal["cut", "drop", "refuse"] = Field(
         "cut", description="What to do with longer rows: cut the middle of the prompt, drop the row, or refuse to start."
@@ -325,7 +328,7 @@ def _fitting(
                 continue
             encoded, cut = shorter
         kept.append(record)
-        rows.append(encoded)
+        rows.append(encoded.prompt_only() if settings.unlabelled else encoded)
         cuts.append(cut)
     return kept, rows, cuts
 

@@ -37,7 +37,7 @@ class Merged(Delta):
         ids = [fingerprint_of(delta) for _, delta in self.parts]
         if len(set(ids)) < len(ids):
             raise BadInput("a source is given twice; give it once, with the sum of the weights")
-        self._ids = ids
+        self.ids = ids
         self._order = sorted(range(len(ids)), key=lambda i: ids[i]) if most is None else list(range(len(ids)))
         self._merger: Merger | None = None
         self._lock = threading.Lock()
@@ -59,16 +59,34 @@ class Merged(Delta):
             if self._merger is None:
                 stages = self.preset.stages()
                 by_depth = stages.scale is not None or stages.scale_from is not None
-                by_depth |= any(isinstance(weight, Weight) for weight, _ in self.parts)
-                depth = layers(self.anchor.names.shapes) if by_depth else {}
-                self._merger = Merger(stages, {name: self._view(name, shape, depth) for name, shape in self.shapes.items()})
+                self._merger = Merger(stages, self.views(by_depth))
             return self._merger
 
+    def views(self, by_depth: bool = False) -> dict[str, View]:
+        """Every changed tensor as stages see it. `by_depth`: with its place among the blocks, also where no weight goes by it."""
+        by_depth |= any(isinstance(weight, Weight) for weight, _ in self.parts)
+        depth = layers(self.anchor.names.shapes) if by_depth else {}
+        return {name: self._view(name, shape, depth) for name, shape in self.shapes.items()}
+
+    def labels(self) -> list[str]:
+        """A name for each source, in the order of the list: what its files are called, told apart by numbers where they are alike."""
+        from guidetune.weightspace.apply import read_folders
+
+        folders = [read_folders(part)[:1] for _, part in self.parts]
+        names = [f"{folder[0].parent.name}/{folder[0].name}" if folder else "update" for folder in folders]
+        return [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names, 1)]
+
     def _view(self, name: str, shape: tuple[int, ...], depth: dict[str, tuple[int, int]]) -> View:
-        chosen = [i for i in self._order if name in self.parts[i][1].shapes]
+        every = self.preset.stages().combine.every_source
+        chosen = [i for i in self._order if every or name in self.parts[i][1].shapes]
+
+        def rows(i: int, start: int, stop: int) -> torch.Tensor:
+            if name in self.parts[i][1].shapes:
+                return self.parts[i][1].rows(name, start, stop).contiguous()
+            return torch.zeros(stop - start, *shape[1:]) if shape else torch.zeros(())
 
         def read(start: int, stop: int) -> tuple[torch.Tensor, ...]:
-            found = tuple(self.parts[i][1].rows(name, start, stop).contiguous() for i in chosen)
+            found = tuple(rows(i, start, stop) for i in chosen)
             for i, tau in zip(chosen, found, strict=True):
                 if not bool(torch.isfinite(tau.sum())) and not bool(torch.isfinite(tau).all()):
                     raise BadInput(f"source {i + 1}: the update of {name} holds values that are not finite; nothing was published")
@@ -78,7 +96,7 @@ class Merged(Delta):
         return View(
             name,
             shape,
-            tuple(self._ids[i] for i in chosen),
+            tuple(self.ids[i] for i in chosen),
             tuple(w(name, depth.get(name)) if isinstance(w := self.parts[i][0], Weight) else w for i in chosen),
             depth.get(name),
             self.seed,
@@ -106,9 +124,13 @@ class Merged(Delta):
         return [problem for _, part in self.parts for problem in part.checks()]
 
     def describe(self) -> dict[str, Any]:
-        weights = [asdict(w) if isinstance(w, Weight) else w for w, _ in self.parts]
+        weights = self.describe_weights()
         parts: Sequence[Any] = [[weights[i], self.parts[i][1].describe()] for i in self._order]
-        return {"merge": self.preset.spec(), "parts": parts, "seed": self.seed}
+        return {"merge": self.preset.identity(), "parts": parts, "seed": self.seed}
+
+    def describe_weights(self) -> list[Any]:
+        """The sources' weights, in the order of the list."""
+        return [asdict(w) if isinstance(w, Weight) else w for w, _ in self.parts]
 
     def close(self) -> None:
         for _, part in self.parts:

@@ -5,12 +5,14 @@ sources:
   - {adapter: runs/x/adapter, of: world:base, weight: 1.0}
   - {model: M, minus: B, weight: 0.5}
 method: sum                            # or {method: task_arithmetic, scale: 0.4}
+data: {tasks: [[{path: a.jsonl}], [{path: b.jsonl}]]}     # for methods that learn from data before they merge
 out_dtype: float32
 """
 
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
@@ -21,11 +23,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from guidetune import registry
 from guidetune.artefacts import StageResult
+from guidetune.data.sources import SourceSpec, labels
 from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
 from guidetune.threads import available_cores
-from guidetune.weightspace.apply import check_origin, make_plan, transfer
+from guidetune.weightspace.apply import check_origin, check_place, make_plan, read_folders, transfer
+from guidetune.weightspace.learning import Study, TaskRows, learner, taught, with_learnt
 from guidetune.weightspace.merged import Merged
 from guidetune.weightspace.mergekit import is_mergekit, plan_of
 from guidetune.weightspace.scale import Weight
@@ -113,6 +117,23 @@ Method = Annotated[registry.Method, BeforeValidator(_method), PlainSerializer(la
 Source = Annotated[Annotated[AdapterSource, Tag("adapter")] | Annotated[ModelSource, Tag("model")], Discriminator(_kind)]
 
 
+def _tasks(value: Any) -> Any:
+    """Each task is one source or a list of them."""
+    return [one if isinstance(one, list) else [one] for one in value] if isinstance(value, list) else value
+
+
+class PlanData(BaseModel):
+    """What a method learns from before it merges. Where a method needs the rows of each source's own task, tasks go in their order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tasks: Annotated[list[Annotated[list[SourceSpec], Field(min_length=1)]], BeforeValidator(_tasks)] = Field(
+        min_length=1, description="Rows of each task: a source of rows as in a recipe, or a list of them."
+    )
+    unlabelled: bool = Field(False, description="The rows are prompts: answers are not needed, and not read where there are some.")
+    max_length: int = Field(2048, gt=1, description="Longest row in tokens.")
+    chat: str | None = Field(None, description="The model whose chat template the rows are written in; null: the anchor.")
+
+
 class MergePlan(BaseModel):
     """What to write: `anchor` + the combined deltas of `sources`."""
 
@@ -125,6 +146,7 @@ class MergePlan(BaseModel):
     max_shard: int | str = "5GB"
     seed: int = 0
     allow_mismatch: bool = Field(False, description="Write even when models do not fit together.")
+    data: PlanData | None = Field(None, description="Rows for methods that learn from data.")
 
 
 def load_plan(path: str | Path) -> MergePlan:
@@ -136,7 +158,17 @@ def load_plan(path: str | Path) -> MergePlan:
         raise BadInput(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
     plan = parse_plan(text, path.name)
     sources = [_beside(part, path.parent) for part in plan.sources]
-    return plan.model_copy(update={"sources": sources, "anchor": _place(plan.anchor, path.parent)})
+    method, own = plan.method, learner(plan.method)
+    if own is not None and own.learnt is not None:
+        method = with_learnt(method, Path(_place(own.learnt, path.parent)))
+    return plan.model_copy(
+        update={
+            "method": method,
+            "sources": sources,
+            "anchor": _place(plan.anchor, path.parent),
+            "data": _data_beside(plan.data, path.parent),
+        }
+    )
 
 
 def parse_plan(text: str, name: str = "plan") -> MergePlan:
@@ -163,8 +195,14 @@ def merge(
 ) -> StageResult:
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
-    delta, scale = _joined(plan)
+    out = Path(out)
+    delta = _joined(plan)
     try:
+        if isinstance(delta, Merged) and learner(delta.preset) is not None:
+            check_place(out, [resolve(plan.anchor).path, *read_folders(delta)])
+            beside = out.with_name(f"{out.name}-learnt")
+            taught(delta, resolve(plan.anchor), _task_rows(plan, beside), beside / "learnt", plan.allow_mismatch)
+        delta, scale = _plainly(delta)
         return transfer(
             delta,
             plan.anchor,
@@ -182,8 +220,8 @@ def merge(
         delta.close()
 
 
-def _joined(plan: MergePlan) -> tuple[Delta, float]:
-    """The plan's update, and what it is still to be multiplied by."""
+def _joined(plan: MergePlan) -> Merged:
+    """The plan's update."""
     deltas: list[tuple[float | Weight, Delta]] = []
     problems: list[str] = []
     for part in plan.sources:
@@ -196,13 +234,43 @@ def _joined(plan: MergePlan) -> tuple[Delta, float]:
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    preset = plan.method
-    assert isinstance(preset, Preset)
-    stages = preset.stages()
-    weight, delta = deltas[0]
-    if len(deltas) == 1 and stages.plain and isinstance(weight, float):  # as itself: its check on probe texts then goes through peft
+    assert isinstance(plan.method, Preset)
+    return Merged(plan.method, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed)
+
+
+def _plainly(merged: Merged) -> tuple[Delta, float]:
+    """A single source that is only multiplied, as itself and its factor: its check on probe texts then goes through peft."""
+    weight, delta = merged.parts[0]
+    stages = merged.preset.stages()
+    if len(merged.parts) == 1 and stages.plain and isinstance(weight, float):
         return delta, weight * stages.factor
-    return Merged(preset, deltas, Checkpoint(resolve(plan.anchor).path), plan.seed), 1.0
+    return merged, 1.0
+
+
+def _task_rows(plan: MergePlan, folder: Path) -> list[TaskRows]:
+    """The encoded rows of the plan's tasks, made in `folder` by the prepare stage."""
+    from guidetune.data.chat import Chat
+    from guidetune.data.prepare import PrepareSettings, prepare
+    from guidetune.data.prompts import prompts
+    from guidetune.data.rows import EncodedRows
+    from guidetune.models.loading import load_tokenizer
+
+    if plan.data is None:
+        return []
+    chat = Chat(load_tokenizer(plan.data.chat or plan.anchor))
+    settings = PrepareSettings(max_length=plan.data.max_length, unlabelled=plan.data.unlabelled)
+    tasks, problems = [], []
+    for number, sources in enumerate(plan.data.tasks, 1):
+        try:
+            if plan.data.unlabelled:
+                sources = [prompts(one, Path.cwd(), folder / f"prompts-{number}-{k}.jsonl") for k, one in enumerate(sources, 1)]
+            done = prepare(sources, [], chat, settings, folder / f"data-{number}", Path.cwd())
+            tasks.append(TaskRows(" + ".join(labels(sources)), EncodedRows.open(done.path), done.path))
+        except BadInput as error:
+            problems += [f"data.tasks.{number - 1}: {problem}" for problem in error.problems]
+    if problems:
+        raise BadInput(problems)
+    return tasks
 
 
 def preview(plan: MergePlan | str | Path) -> str:
@@ -213,9 +281,21 @@ def preview(plan: MergePlan | str | Path) -> str:
     """
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
     target = resolve(plan.anchor)
-    delta, scale = _joined(plan)
+    merged = _joined(plan)
+    delta, scale = _plainly(merged)
+    learning: list[str] = []
     try:
         warnings = check_origin(delta, target, plan.allow_mismatch)
+        if (preset := learner(merged.preset)) is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                study = Study.of(preset, merged, target, _task_rows(plan, Path(scratch)), plan.allow_mismatch)
+                if preset.learnt is None:
+                    study.check_data()
+                    learning = [f"learns: {preset.cost(study).text()}"]
+                else:
+                    study.check_learnt()
+                    learning = [f"learns: nothing more; {preset.learnt} is used"]
+                del study  # its rows are mapped from the scratch folder
         with Checkpoint(target.path) as anchor:
             made = make_plan(delta, anchor, scale, plan.out_dtype, plan.rounding, plan.seed)
             warnings += made.warnings
@@ -223,7 +303,7 @@ def preview(plan: MergePlan | str | Path) -> str:
             updated = [entry for entry in made.entries if entry.name in made.update_of]
             read = anchor.nbytes
     finally:
-        delta.close()
+        merged.close()
     stages = plan.method.stages()  # type: ignore[attr-defined]
     shards = len(plan_shards(made.entries, parse_size(plan.max_shard)))
     cores = available_cores()
@@ -234,13 +314,20 @@ def preview(plan: MergePlan | str | Path) -> str:
         f"reads: {read / 1e9:.2f} GB of the anchor; of each source every tensor up to {stages.reads} times (small ones once)",
         f"memory: at most about {stages.memory(len(plan.sources), cores) / 1e6:.0f} MB at work on {cores} threads, beside the libraries",
     ]
-    return "\n".join([*lines, *(f"warning: {text}" for text in warnings)])
+    return "\n".join([*lines, *learning, *(f"warning: {text}" for text in warnings)])
 
 
 def _place(spec: str, root: Path) -> str:
     """A relative folder is looked for here first, then beside the plan."""
     beside = root / spec
     return str(beside) if not spec.startswith("world:") and not Path(spec).exists() and beside.exists() else spec
+
+
+def _data_beside(data: PlanData | None, root: Path) -> PlanData | None:
+    if data is None:
+        return None
+    tasks = [[one.model_copy(update={"path": _place(one.path, root)}) for one in task] for task in data.tasks]
+    return data.model_copy(update={"tasks": tasks, "chat": data.chat and _place(data.chat, root)})
 
 
 def _beside(part: AdapterSource | ModelSource, root: Path) -> AdapterSource | ModelSource:
@@ -258,13 +345,25 @@ def _faults(error: ValidationError, root: yaml.Node | None, name: str) -> Iterat
         if fault["type"] == "union_tag_not_found":
             text = "a source has either adapter, or model and minus"
         if fault["type"] == "extra_forbidden":
-            model = MergePlan if len(loc) == 1 else AdapterSource if "adapter" in fault["loc"] else ModelSource
+            model = (
+                MergePlan
+                if len(loc) == 1
+                else _data_model(loc)
+                if loc[0] == "data"
+                else AdapterSource
+                if "adapter" in fault["loc"]
+                else ModelSource
+            )
             near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0.5)
             text = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there is {', '.join(model.model_fields)}"
         given = fault.get("input")
         shown = isinstance(given, (str, int, float)) and fault["type"] not in ("missing", "value_error")
         value = f" (given {given!r})" if shown else ""
         yield f"{name}:{line}: {path}: {text}{value}"
+
+
+def _data_model(loc: Sequence[str | int]) -> type[BaseModel]:
+    return SourceSpec if len(loc) > 2 else PlanData
 
 
 def _line(node: yaml.Node | None, loc: Sequence[str | int]) -> int:

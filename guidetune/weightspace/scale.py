@@ -19,9 +19,13 @@ class PerLayer:
     outside: float
 
     def __call__(self, view: View) -> float:
-        if view.layer is None:
+        return self.at(view.layer)
+
+    def at(self, place: tuple[int, int] | None) -> float:
+        """λ of block l of L, (l, L); None: outside the blocks."""
+        if place is None:
             return self.outside
-        layer, count = view.layer
+        layer, count = place
         return self.alpha + self.beta * ((layer - 1) / (count - 1) if count > 1 else 1.0)
 
 

@@ -112,9 +112,13 @@ class Sparsifier:
 
 
 class Combiner(ABC):
-    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's."""
+    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's.
+
+    `every_source`: a source that leaves a tensor as it is counts there too, with an update of zero.
+    """
 
     plain: ClassVar[bool] = False
+    every_source: ClassVar[bool] = False
 
     @property
     def reads(self) -> int:
@@ -167,6 +171,11 @@ class Preset(Method):
     def stages(self) -> Stages:
         raise TypeError(f"preset {type(self).__name__} does not define stages()")
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of a merge: the options, and of presets that learn what was learnt."""
+        inner = {name: getattr(self, name) for name in type(self).model_fields}
+        return {**self.spec(), **{name: one.identity() for name, one in inner.items() if isinstance(one, Preset)}}
+
 
 class Merger:
     """Stages at work on the tensors of a merge."""
@@ -195,6 +204,18 @@ class Merger:
         """Forget what is held of a tensor that is finished."""
         self._prepared.pop(name, None)
         self.views[name].release()
+
+    def updates(self, name: str) -> Iterator[tuple[Piece, Callable[[], list[torch.Tensor]]]]:
+        """The pieces of a tensor, and a function for each that gives the sparsified, unweighted updates of its sources."""
+        view = self.views[name]
+        for start, stop in ranges(view.shape):
+
+            def read(start: int = start, stop: int = stop) -> list[torch.Tensor]:
+                mine, _ = self._prepare(view)
+                return self._sparse(view, view.piece(start, stop), mine)
+
+            yield Piece(name, view.shape, start, stop, (), lambda start=start, stop=stop: view.anchor(start, stop)), read
+        self.close(name)
 
     def _sparse(self, view: View, piece: Piece, prepared: Any) -> list[torch.Tensor]:
         return [self.stages.sparsify.apply(i, tau, piece, view, prepared) for i, tau in enumerate(piece.taus)]
