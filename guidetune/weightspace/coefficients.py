@@ -121,6 +121,7 @@ class Blend:
         self._place = {name: j for j, name in enumerate(self.blocks)}
         self._row = {id: i for i, id in enumerate(self.ids)}
         self.values = torch.zeros(len(self.ids), len(self.blocks), parts, dtype=torch.float64)
+        self._kept = torch.ones_like(self.values)
 
     def _block(self, name: str) -> int:
         return self._place.get(name, 0)
@@ -152,7 +153,13 @@ class Blend:
                         out[self._row[id], j, 0] += product.sum()
                     else:
                         out[self._row[id], j].index_add_(0, part.flatten(), product.flatten())
-        return out
+        return out.mul_(self._kept)
+
+    def keep_strongest(self, count: int) -> None:
+        """Of each block only the `count` sources whose gradient is largest now are learnt from here on; the others stay where they are."""
+        strength = self.gradient().norm(dim=2)  # [N, J]
+        top = strength.topk(min(count, len(self.ids)), dim=0).indices
+        self._kept = torch.zeros_like(strength).scatter_(0, top, 1.0)[:, :, None].expand_as(self.values).clone()
 
     def table(self) -> Table:
         """Λ by name: of two names that are tied, both."""
@@ -174,11 +181,18 @@ class Schedule:
 
 
 def descend(
-    blend: Blend, schedule: Schedule, loss: Callable[[int], float], after: Callable[[int], None] = lambda step: None, label: str = "learn"
+    blend: Blend,
+    schedule: Schedule,
+    loss: Callable[[int], float],
+    label: str,
+    penalty: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Minimise over Λ. `loss(step)` runs forward and backward on the blended model and returns L; `after(step)` is called after each update.
+    """Minimise L + penalty(Λ) over Λ; the loss of every step, without the penalty.
 
-    Returns the loss of every step.
+    Args:
+        loss: runs forward and backward on the blended model for a step, and returns L.
+        after: called after each update of Λ, which is not yet in the model.
 
     Raises:
         RunFailed: a gradient is not finite.
@@ -194,8 +208,8 @@ def descend(
             history.append(loss(step))
             gradient = blend.gradient()
             if not bool(torch.isfinite(gradient).all()):
-                raise RunFailed(f"step {step + 1}: the gradient of the coefficients is not finite; a smaller lr may help")
-            values.grad = gradient
+                raise RunFailed(f"{label}: step {step + 1}: the gradient of the coefficients is not finite; a smaller lr may help")
+            values.grad = gradient if penalty is None else gradient + torch.autograd.grad(penalty(values), values)[0]
             if schedule.clip is not None:
                 torch.nn.utils.clip_grad_norm_([values], schedule.clip)
             if schedule.cosine:
@@ -208,10 +222,10 @@ def descend(
     return history
 
 
-def task_batches(study: Study, batch: int, step: int) -> Iterator[tuple[TaskRows, np.ndarray]]:
-    """A batch of every task's rows: those of optimiser batch `step`, drawn from the seed alone."""
+def task_batches(study: Study, batch: int, step: int, rows: Sequence[np.ndarray] | None = None) -> Iterator[tuple[TaskRows, np.ndarray]]:
+    """A batch of every task's rows (or of some of them): those of optimiser batch `step`, drawn from the seed alone."""
     for number, task in enumerate(study.tasks):
-        usable = study.rows_of(task)
+        usable = study.rows_of(task) if rows is None else rows[number]
         yield task, usable[optimiser_batch(len(usable), batch, artefacts.derive_seed(study.preset.seed, "task", number), step)]
 
 

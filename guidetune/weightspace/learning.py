@@ -69,7 +69,10 @@ class TaskRows:
 
 
 class Learned(Preset):
-    """A preset that learns from data before it merges. `task_of_source`: it needs the rows of each source's own task, in the sources' order."""
+    """A preset that learns from data before it merges.
+
+    `task_of_source`: it needs the rows of each source's own task, in the order of the sources.
+    """
 
     task_of_source: ClassVar[bool] = False
 
@@ -294,6 +297,15 @@ class Composed:
                 d = update(piece, taus)
                 rows = parameter[piece.start : piece.stop] if piece.shape else parameter
                 rows.copy_(w if d is None else w + d)
+
+    def write_source(self, id: str) -> None:
+        """θ = W + τ of one source: its own model, where its update belongs to the anchor."""
+
+        def only(piece: Piece, taus: list[torch.Tensor]) -> torch.Tensor | None:
+            sources = self.merger.views[piece.name].sources
+            return taus[sources.index(id)] if id in sources else None
+
+        self.write(only)
 
     def gradients(self, name: str) -> Iterator[tuple[Piece, list[torch.Tensor], torch.Tensor]]:
         """(piece, [τ̂_i], ∂L/∂θ) of one changed parameter after a backward pass."""

@@ -77,7 +77,8 @@ class Merged(Delta):
         return [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names, 1)]
 
     def _view(self, name: str, shape: tuple[int, ...], depth: dict[str, tuple[int, int]]) -> View:
-        chosen = [i for i in self._order if self.preset.every_source or name in self.parts[i][1].shapes]
+        every = self.preset.stages().combine.every_source
+        chosen = [i for i in self._order if every or name in self.parts[i][1].shapes]
 
         def rows(i: int, start: int, stop: int) -> torch.Tensor:
             if name in self.parts[i][1].shapes:

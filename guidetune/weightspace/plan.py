@@ -231,7 +231,7 @@ def _joined(plan: MergePlan) -> Merged:
 
 
 def _plainly(merged: Merged) -> tuple[Delta, float]:
-    """A single source that is only multiplied, as itself and its factor (its check on probe texts then goes through peft); else as it is."""
+    """A single source that is only multiplied, as itself and its factor: its check on probe texts then goes through peft."""
     weight, delta = merged.parts[0]
     stages = merged.preset.stages()
     if len(merged.parts) == 1 and stages.plain and isinstance(weight, float):

@@ -114,9 +114,13 @@ class Sparsifier:
 
 
 class Combiner(ABC):
-    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's."""
+    """D of one piece from the sparsified and weighted updates. `plain`: of a single source it is w τ. `reads`: as a sparsifier's.
+
+    `every_source`: a source that leaves a tensor as it is counts there too, with an update of zero.
+    """
 
     plain: ClassVar[bool] = False
+    every_source: ClassVar[bool] = False
 
     @property
     def reads(self) -> int:
@@ -185,7 +189,6 @@ class Preset(Method):
     """A published method of merging: a frozen set of options that returns its stages."""
 
     sources_needed: ClassVar[tuple[int, int | None]] = (1, None)
-    every_source: ClassVar[bool] = False  # a source that leaves a tensor as it is counts there too, with an update of zero
 
     def stages(self) -> Stages:
         raise TypeError(f"preset {type(self).__name__} does not define stages()")

@@ -64,7 +64,7 @@ class AdaMerging(Learned):
             def loss(step: int) -> float:
                 return sum(batch_loss(forward, task.rows, rows, entropy) for task, rows in task_batches(study, self.batch, step))
 
-            history = descend(blend, Schedule(self.steps, self.lr), loss, label=self.name)
+            history = descend(blend, Schedule(self.steps, self.lr), loss, self.name)
         blend.table().save(work, study.labels)
         losses(work, history)
         return {"loss_first": history[0], "loss_last": history[-1], "mean_coefficient": float(torch.mean(blend.values))}
