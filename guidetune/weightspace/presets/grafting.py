@@ -70,6 +70,14 @@ class Grafting(Learned):
         joined = MeanOfKept() if self.overlap == "mean" else combine.Sum()
         return Stages(joined, mask=StoredMasks(folder))
 
+    def check_tasks(self, tasks: Sequence[TaskRows], sources: int) -> None:
+        super().check_tasks(tasks, sources)
+        if sources > 1 and len(tasks) != sources:
+            raise BadInput(f"grafting needs the rows of each source's own task: {sources} sources, and rows of {len(tasks)} tasks")
+        for task in tasks:
+            if (count := len(self.usable(task))) < 2:
+                raise BadInput(f"grafting: task {task.name!r} has {count} rows; learning and picking a step take two at least")
+
     def cost(self, study: Study) -> Cost:
         rows = [len(study.rows_of(task)) for task in study.tasks]
         held = sum(max(1, round(self.held_out * n)) for n in rows)
@@ -79,8 +87,6 @@ class Grafting(Learned):
 
     def learn(self, study: Study, work: Path) -> dict[str, Any]:
         ids, tasks = study.merged.ids, study.tasks
-        if len(ids) > 1 and len(tasks) != len(ids):
-            raise BadInput(f"grafting needs the rows of each source's own task: {len(ids)} sources, but data.tasks has {len(tasks)}")
         earlier = [mask for folder in self.outside for mask in open_masks(Path(folder)).values()]
         writers: dict[str, MaskWriter] = {}
         found: list[dict[str, Any]] = []
@@ -139,9 +145,7 @@ class _Graft:
         from guidetune.engine.batching import optimiser_batch
 
         rows = study.rows_of(task)
-        held = max(1, round(self.options.held_out * len(rows)))
-        if len(rows) - held < 1:
-            raise BadInput(f"grafting: task {task.name!r} has {len(rows)} rows; learning and picking a step take two at least")
+        held = min(max(1, round(self.options.held_out * len(rows))), len(rows) - 1)
         train, judge = rows[:-held], rows[-held:]
 
         def loss_of(update: Callable[[Piece, torch.Tensor], torch.Tensor | None]) -> float:

@@ -18,7 +18,7 @@ from guidetune.errors import BadInput, RunFailed
 from guidetune.progress import progress
 from guidetune.registry import method
 from guidetune.weightspace import combine
-from guidetune.weightspace.learning import MICRO_TOKENS, Composed, Cost, Learned, Study
+from guidetune.weightspace.learning import MICRO_TOKENS, Composed, Cost, Learned, Study, TaskRows
 from guidetune.weightspace.masks import EMPTY, MaskWriter, StoredMasks, concrete, write_manifest
 from guidetune.weightspace.stages import Mask, Merger, On, Piece, Preset, Stages, View
 
@@ -87,6 +87,10 @@ class Somf(Learned):
     def stages_from(self, folder: Path) -> Stages:
         return replace(self.fused(), mask=StoredMasks(folder, rescale=True))
 
+    def check_tasks(self, tasks: Sequence[TaskRows], sources: int) -> None:
+        super().check_tasks(tasks, sources)
+        self._replies(tasks)
+
     def cost(self, study: Study) -> Cost:
         kinds = 2 if self.objective == "dpo" else 1
         rows = self.steps * self.batch * kinds
@@ -95,7 +99,7 @@ class Somf(Learned):
         return Cost(rows * kinds + once, rows, values // 8, study.model_bytes + 4 * values * (4 + len(study.merged.parts)))
 
     def learn(self, study: Study, work: Path) -> dict[str, Any]:
-        replies = self._replies(study)
+        replies = self._replies(study.tasks)
         with study.composed() as composed, composed.forward() as forward:
             views = _held(composed)
             logits = {name: torch.full(view.shape, self.init, device=forward.device) for name, view in views.items()}
@@ -118,13 +122,14 @@ class Somf(Learned):
 
     # -- parts of learning --------------------------------------------------------------------------------------------
 
-    def _replies(self, study: Study) -> list[tuple[EncodedRows, np.ndarray]]:
+    def _replies(self, tasks: Sequence[TaskRows]) -> list[tuple[EncodedRows, np.ndarray]]:
         """[(rows of safe replies, their indices)], for DPO also those of unsafe ones to the same prompts, in the same order."""
         wanted = 2 if self.objective == "dpo" else 1
-        if len(study.tasks) != wanted:
-            kinds = "the safe replies and the unsafe ones to the same prompts" if wanted == 2 else "the safe replies"
-            raise BadInput(f"somf with objective {self.objective} learns from {kinds}: data.tasks has {len(study.tasks)}")
-        found = [(task.rows, study.rows_of(task)) for task in study.tasks]
+        if len(tasks) != wanted:
+            kinds = "two lists of rows, safe replies and unsafe ones to the same prompts" if wanted == 2 else "one list of safe replies"
+            where = "data.tasks of a plan, transfer.data of a recipe"
+            raise BadInput(f"somf with objective {self.objective} learns from {kinds} ({where}), and was given {len(tasks)}")
+        found = [(task.rows, self.usable(task)) for task in tasks]
         if wanted == 1:
             return found
         (safe, chosen), (unsafe, rejected) = found
