@@ -328,9 +328,17 @@ class Composed:
 
     @contextmanager
     def forward(self) -> Iterator[Forward]:
-        """The engine's passes over this model."""
+        """The engine's passes over this model.
+
+        Raises:
+            RunFailed: what it predicts is not finite.
+        """
         from guidetune.engine.forward import opened
 
+        with torch.no_grad():
+            probe = torch.arange(1, 9, device=self.model.device).remainder(self.model.config.get_text_config().vocab_size)
+            if not bool(torch.isfinite(self.model(input_ids=probe[None], use_cache=False).logits).all()):
+                raise RunFailed("a model with these updates makes predictions that are not finite, so nothing can be learnt from it")
         with opened(self.model) as forward:
             yield forward
 
