@@ -113,14 +113,15 @@ def test_a_gain_is_held_against_a_share_of_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_verb_checks_the_paper_and_ends_well_whatever_holds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["gift", "somf", "grafting"])
+def test_the_verb_checks_the_paper_and_ends_well_whatever_holds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from tests.test_cli import ended
 
     file = tmp_path / "c.json"
-    arguments = ["-q", "claims", "gift", "--quick", "--seeds", "1", "--json", str(file), "--out", str(tmp_path / "runs")]
+    arguments = ["-q", "claims", name, "--quick", "--seeds", "1", "--json", str(file), "--out", str(tmp_path / "runs")]
     assert ended(arguments) == 0, capsys.readouterr().err
     found = json.loads(file.read_text())
-    paper = claims.load("gift")
+    paper = claims.load(name)
     assert len(found["claims"]) == len(paper.claims) * len(paper.settings)
     for row in found["claims"]:
         assert {"relation", "holds", "seeds", "values", "margin"} <= row.keys() and row["outcome"] != "not measured"
