@@ -13,7 +13,7 @@ from pydantic import Field
 
 from guidetune.artefacts import derive_seed
 from guidetune.errors import BadInput, RunFailed
-from guidetune.progress import progress
+from guidetune.progress import progress, say
 from guidetune.registry import method
 from guidetune.weightspace import combine
 from guidetune.weightspace.learning import Composed, Cost, Learned, Study, TaskRows, batch_loss, nll
@@ -100,6 +100,8 @@ class Grafting(Learned):
                 kept, report = graft.learn(forward, study, task)
                 file = f"graft-{k + 1}.safetensors"
                 writers[file] = _written(work / file, composed, graft.names, kept)
+                gone = "" if report["recovered"] is None else f", {100 * report['recovered']:.1f} % of the loss recovered"
+                say(f"grafting: {task.name}: {report['kept']:,} values, {100 * report['share']:.3g} % of the candidates{gone}")
                 found.append({"task": task.name, "source": study.labels[ids.index(source)], "file": file, **report})
                 if self.overlap == "exclusive" and len(ids) > 1:
                     taken = _either(taken, kept)

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from guidetune import registry
 from guidetune.artefacts import derive_seed
 from guidetune.errors import BadInput, RunFailed
-from guidetune.progress import progress
+from guidetune.progress import progress, say
 from guidetune.registry import method
 from guidetune.weightspace import combine
 from guidetune.weightspace.learning import MICRO_TOKENS, Composed, Cost, Learned, Study, TaskRows
@@ -118,7 +118,9 @@ class Somf(Learned):
                 writer.write(name, kept[owner[name]].cpu())
         report = {"pairs": len(replies[0][1]), "steps": self.steps, "course": course, "unmasked": before, "masked": after}
         written = write_manifest(work, {FILE: writer}, dict.fromkeys(study.merged.ids, FILE), method=self.name, **report)
-        return {**report, "share": written["files"][FILE]["share"]}
+        share = written["files"][FILE]["share"]
+        say(f"somf: {100 * share:.2f} % of the values are kept; loss on {report['pairs']} pairs {before['loss']:.4g} → {after['loss']:.4g}")
+        return {**report, "share": share}
 
     # -- parts of learning --------------------------------------------------------------------------------------------
 
