@@ -378,3 +378,26 @@ def test_a_recipe_learns_the_mask_after_tuning(tmp_path: Path) -> None:
     report = json.loads((out / "learnt" / "masks.json").read_text())
     assert report["pairs"] == 8 and 0 < report["files"]["mask.safetensors"]["share"] < 1
     assert registry.build("weightspace", "somf").steps == 500 and (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("fusion", [{"method": "ties", "scale": 0.4}, {"method": "dare", "density": 0.8, "scale": 0.3}, None])
+def test_several_tasks_are_joined_after_the_mask(root: Path, tmp_path: Path, fusion: dict[str, Any] | None) -> None:
+    """The mask learns through the method that joins the tasks, and what is written is that method's merge of the masked updates."""
+    merge_plan(parse_plan(plan(root, {**SOMF, "fusion": fusion}, ("one", "two"))), tmp_path / "out")
+    learnt = tmp_path / "out-learnt" / "learnt"
+    masks = open_masks(learnt)
+    assert len(masks) == 2 and len({mask.path for mask in masks.values()}) == 1  # one mask for both
+    anchor, one, two, got = (weights(folder) for folder in (root / "anchor", root / "one", root / "two", tmp_path / "out"))
+    mask = next(iter(masks.values()))
+    if fusion is None:
+        for name, value in got.items():
+            keep = mask.bits(name, 0, value.numel()).view(value.shape)
+            joined = 0.3 * ((one[name] - anchor[name]) + (two[name] - anchor[name])) * keep / mask.share(name)
+            torch.testing.assert_close(value, anchor[name] + joined, rtol=1e-5, atol=1e-6)
+    report = json.loads((learnt / "masks.json").read_text())
+    assert 0 < report["files"]["mask.safetensors"]["share"] < 1
+    assert all(
+        torch.equal(got[name][~keep], anchor[name][~keep])
+        for name in got
+        for keep in [mask.bits(name, 0, got[name].numel()).view(got[name].shape)]
+    )

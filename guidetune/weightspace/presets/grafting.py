@@ -220,7 +220,7 @@ class _Graft:
         for name, view in views.items():
             prepared = band.prepare(view, survey)
             for piece in view.pieces():
-                base[name, piece.start] = prepared[0].mask(piece.taus[0], _key(piece))
+                base[name, piece.start] = prepared[0].mask(piece.taus[0], _key(piece)).to(self.composed.parameters[name].device)
             view.release()
         return base
 
@@ -230,7 +230,7 @@ class _Graft:
         def read(start: int, stop: int) -> tuple[torch.Tensor, ...]:
             tau = next(taus[self.place[name]] for piece, _, taus in self.composed.pieces(name) if piece.start == start)
             key = name, start
-            return (torch.where(self.taken[key], 0.0, tau) if key in self.taken else tau,)
+            return ((torch.where(self.taken[key], 0.0, tau) if key in self.taken else tau).cpu(),)
 
         return replace(self.composed.merger.views[name], sources=(self.source,), weights=(1.0,), read=read, _held={})
 

@@ -101,8 +101,9 @@ class Somf(Learned):
     def learn(self, study: Study, work: Path) -> dict[str, Any]:
         replies = self._replies(study.tasks)
         with study.composed() as composed, composed.forward() as forward:
-            views = _held(composed)
-            logits = {name: torch.full(view.shape, self.init, device=forward.device) for name, view in views.items()}
+            home = forward.device if self.fusion is None else torch.device("cpu")  # where every method's stages can work
+            views = _held(composed, home)
+            logits = {name: torch.full(view.shape, self.init, device=home) for name, view in views.items()}
             composed.write(lambda piece, taus: None)
             reference = [_log_prob(forward, rows, at) for rows, at in replies]
             course = self._train(forward, composed, views, logits, replies, reference)
@@ -176,7 +177,7 @@ class Somf(Learned):
                     if parameter.grad is not None:
                         d = merger.update(name, 0, max(1, parameter.shape[0] if parameter.dim() else 1))
                         if d.requires_grad:
-                            (logits[name].grad,) = torch.autograd.grad(d, logits[name], parameter.grad)
+                            (logits[name].grad,) = torch.autograd.grad(d, logits[name], parameter.grad.to(d.device))
                         merger.close(name)
                         draws.forget(name)
                 composed.clear()
@@ -275,12 +276,12 @@ def _uniform(like: torch.Tensor, seed: int) -> torch.Tensor:
     return draw.clamp_(1e-6, 1 - 1e-6).to(like.device)
 
 
-def _held(composed: Composed) -> dict[str, View]:
-    """The views of the changed parameters, their updates whole and in memory."""
+def _held(composed: Composed, home: torch.device) -> dict[str, View]:
+    """The views of the changed parameters, their updates whole and in the memory of a device."""
     views = {}
     for name in composed.parameters:
         parts = [taus for _, _, taus in composed.pieces(name)]
-        whole = tuple(torch.cat(part) if part[0].dim() else part[0] for part in zip(*parts, strict=True))
+        whole = tuple((torch.cat(part) if part[0].dim() else part[0]).to(home) for part in zip(*parts, strict=True))
 
         def read(start: int, stop: int, whole: tuple[torch.Tensor, ...] = whole) -> tuple[torch.Tensor, ...]:
             return tuple(tau[start:stop] if tau.dim() else tau for tau in whole)
@@ -291,7 +292,7 @@ def _held(composed: Composed) -> dict[str, View]:
 
 def _write(composed: Composed, merger: Merger, draws: _Draws | None = None) -> None:
     """θ = W + D."""
-    composed.write(lambda piece, taus: merger.update(piece.name, piece.start, piece.stop))
+    composed.write(lambda piece, taus: merger.update(piece.name, piece.start, piece.stop).to(composed.parameters[piece.name].device))
     for name in composed.parameters:
         merger.close(name)
         if draws is not None:
