@@ -989,6 +989,8 @@ class _Job:
                 moved = self.transfer(arm, tuned.path, folder)
                 entry["transfer"] = {k: v for k, v in moved.result.items() if k != "tensors"}
                 entry["paths"]["model"] = self._relative(moved.path)
+                if arm.transfer.method is not None and (folder / "learnt").is_dir():
+                    entry["paths"]["learnt"] = self._relative(folder / "learnt")
                 cost["transfer_s"] = moved.seconds
                 model = moved.path
         start = time.monotonic()

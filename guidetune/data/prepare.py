@@ -49,6 +49,9 @@ class PrepareSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    unlabelled: bool = Field(
+        False, description="Keep of each row its prompt and the first token after it, the one target (see prompts.py)."
+    )
     max_length: int = Field(2048, gt=1, description="Longest row in tokens.")
     over_length: Literal["cut", "drop", "refuse"] = Field(
         "cut", description="What to do with longer rows: cut the middle of the prompt, drop the row, or refuse to start."
@@ -58,10 +61,6 @@ class PrepareSettings(BaseModel):
         None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
     )
     seed: int = Field(42, description="Seed of the operations.")
-    unlabelled: bool = Field(
-        False,
-        description="Rows are prompts: an answer is not needed and not looked at; the one target is whatever token comes after the prompt.",
-    )
 
 
 def prepare(
@@ -115,7 +114,7 @@ def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
 def _build(
     work: Path, specs: list[SourceSpec], names: list[str], steps: list[Operation], chat: Chat, settings: PrepareSettings, root: Path
 ) -> dict[str, Any]:
-    _check_columns(specs, root, settings.unlabelled)
+    _check_columns(specs, root)
     too_long: list[str] = []
     count = 0
 
@@ -128,7 +127,7 @@ def _build(
         ledger.drop(record.id, record.source, record.line, refused.reason, refused.detail)
 
     with _rare_collections(), Ledger(work, names) as ledger, _Output(work) as output, progress("prepare", unit="rows") as bar:
-        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, settings.unlabelled)
+        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar)
         for number, step in enumerate(steps):
             stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger)
         for chunk in _chunks(stream):
@@ -213,7 +212,7 @@ def _keep_tokenizer(chat: Chat, work: Path) -> None:
         backend.save(str(work / TOKENIZER))
 
 
-def _check_columns(specs: list[SourceSpec], root: Path, unlabelled: bool = False) -> None:
+def _check_columns(specs: list[SourceSpec], root: Path) -> None:
     """Look at the first rows of every source, so that a wrong map costs seconds."""
     problems: list[str] = []
     for spec in specs:
@@ -224,7 +223,7 @@ def _check_columns(specs: list[SourceSpec], root: Path, unlabelled: bool = False
                 if isinstance(raw, Broken):
                     broken.append(f"line {line}: {raw.reason}: {raw.detail}")
                     continue
-                if records.understood(records.to_be_answered(raw) if unlabelled else raw, spec):
+                if records.understood(raw, spec):
                     break
                 columns |= dict.fromkeys(map(str, raw))
             else:
@@ -238,9 +237,7 @@ def _check_columns(specs: list[SourceSpec], root: Path, unlabelled: bool = False
         raise BadInput(problems)
 
 
-def _records(
-    specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar, unlabelled: bool = False
-) -> Iterator[Record]:
+def _records(specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar) -> Iterator[Record]:
     identifiers = Identifiers(work)
     try:
         for spec, name in zip(specs, names, strict=True):
@@ -248,8 +245,6 @@ def _records(
             while chunk := list(islice(rows, _READ)):
                 ledger.read(name, len(chunk))
                 bar.advance(len(chunk))
-                if unlabelled:
-                    chunk = [(line, records.to_be_answered(raw)) for line, raw in chunk]
                 for (line, _), result in zip(chunk, records.normalise_many(chunk, spec, name, identifiers), strict=True):
                     if isinstance(result, Dropped):
                         ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)

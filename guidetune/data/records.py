@@ -54,7 +54,6 @@ _ROLES = {
 }
 _PLAIN_ROLES = ("user", "assistant", "system", "tool")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("query", "response"), ("question", "answer"))
-STAND_IN = "…"  # the answer of a row that has none
 _OPTION_COLUMNS = ("options", "choices", "context", "passage")
 
 
@@ -196,20 +195,6 @@ def _conversation(raw: Mapping[str, Any], spec: SourceSpec, mapped: bool) -> tup
     elif any(extra):
         messages = [{"role": "system", "content": "\n\n".join(e for e in extra if e)}, *messages]
     return _checked(messages)
-
-
-def to_be_answered(raw: Any) -> Any:
-    """The row with an answer in it, so that it is read like any other: a stand-in where it has none of its own."""
-    if not isinstance(raw, Mapping):
-        return raw
-    for column in ("messages", "conversations", "conversation"):
-        turns = raw.get(column)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-            role, said = ("role", "content") if "role" in turns[-1] else ("from", "value")
-            answered = _ROLES.get(str(turns[-1].get(role)).strip().lower()) == "assistant"
-            return raw if answered else {**raw, column: [*turns, {role: "assistant", said: STAND_IN}]}
-    answer = next((answer for asked, answer in (("instruction", "output"), *_PAIRS) if asked in raw), None)
-    return raw if answer is None or raw.get(answer) else {**raw, answer: STAND_IN}
 
 
 def understood(raw: Mapping[str, Any], spec: SourceSpec) -> bool:

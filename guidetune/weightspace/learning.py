@@ -132,7 +132,7 @@ def with_learnt(preset: Preset, folder: Path) -> Preset:
     return preset.model_copy(update=inner)
 
 
-def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folder: Path) -> Path:
+def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folder: Path, allow_mismatch: bool = False) -> Path:
     """Let the learner of `merged`'s preset learn, unless `folder` holds that already, and give the preset what was learnt.
 
     Returns the folder of what was learnt.
@@ -143,16 +143,14 @@ def taught(merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], folde
     """
     preset = learner(merged.preset)
     assert preset is not None
-    study = Study.of(preset, merged, target, tasks)
+    study = Study.of(preset, merged, target, tasks, allow_mismatch)
     place = folder if preset.learnt is None else Path(preset.learnt)
     if preset.learnt is None:
         study.check_data()
         key = study.key()
         artefacts.stage(place, key, lambda work: preset.learn(study, work))
     else:
-        of = _manifest(place)["key"]
-        if (of.get("anchor"), sorted(of.get("sources", []))) != (fingerprint(target), sorted(merged.ids)):
-            raise BadInput(f"{place} was learnt for another anchor or for other sources; leave `learnt` out to learn it for these")
+        study.check_learnt()
     merged.preset = with_learnt(merged.preset, place)
     return place
 
@@ -174,13 +172,13 @@ class Study:
     tasks: list[TaskRows]
 
     @classmethod
-    def of(cls, preset: Learned, merged: Merged, target: ModelSource, tasks: Sequence[TaskRows]) -> Study:
+    def of(cls, preset: Learned, merged: Merged, target: ModelSource, tasks: Sequence[TaskRows], allow_mismatch: bool = False) -> Study:
         """Raises BadInput where the sources do not fit the anchor."""
         from guidetune.weightspace.apply import check_origin, make_plan
 
         problems = []
         try:
-            check_origin(merged, target, allow_mismatch=False)
+            check_origin(merged, target, allow_mismatch)
         except BadInput as error:
             problems += error.problems
         try:
@@ -199,6 +197,13 @@ class Study:
     def check_data(self) -> None:
         """Raises BadInput where the rows are not what the preset needs."""
         self.preset.check_tasks(self.tasks, len(self.merged.parts))
+
+    def check_learnt(self) -> None:
+        """Raises BadInput where what is given as learnt before belongs to another merge."""
+        place = Path(str(self.preset.learnt))
+        of = _manifest(place)["key"]
+        if (of.get("anchor"), sorted(of.get("sources", []))) != (fingerprint(self.target), sorted(self.merged.ids)):
+            raise BadInput(f"{place} was learnt for another anchor or for other sources; leave `learnt` out to learn it for these")
 
     def key(self) -> dict[str, Any]:
         return {

@@ -59,12 +59,12 @@ class Merged(Delta):
             if self._merger is None:
                 stages = self.preset.stages()
                 by_depth = stages.scale is not None or stages.scale_from is not None
-                by_depth |= any(isinstance(weight, Weight) for weight, _ in self.parts)
                 self._merger = Merger(stages, self.views(by_depth))
             return self._merger
 
     def views(self, by_depth: bool = False) -> dict[str, View]:
-        """Every changed tensor as stages see it. `by_depth`: with its place among the blocks."""
+        """Every changed tensor as stages see it. `by_depth`: with its place among the blocks, also where no weight goes by it."""
+        by_depth |= any(isinstance(weight, Weight) for weight, _ in self.parts)
         depth = layers(self.anchor.names.shapes) if by_depth else {}
         return {name: self._view(name, shape, depth) for name, shape in self.shapes.items()}
 

@@ -29,7 +29,7 @@ from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
 from guidetune.threads import available_cores
 from guidetune.weightspace.apply import check_origin, check_place, make_plan, read_folders, transfer
-from guidetune.weightspace.learning import Study, TaskRows, learner, taught
+from guidetune.weightspace.learning import Study, TaskRows, learner, taught, with_learnt
 from guidetune.weightspace.merged import Merged
 from guidetune.weightspace.mergekit import is_mergekit, plan_of
 from guidetune.weightspace.scale import Weight
@@ -141,12 +141,12 @@ class MergePlan(BaseModel):
     anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
     sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
     method: Method = Field("sum", validate_default=True, description="How the deltas are combined (kind weightspace).")
-    data: PlanData | None = Field(None, description="Rows for methods that learn from data.")
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard: int | str = "5GB"
     seed: int = 0
     allow_mismatch: bool = Field(False, description="Write even when models do not fit together.")
+    data: PlanData | None = Field(None, description="Rows for methods that learn from data.")
 
 
 def load_plan(path: str | Path) -> MergePlan:
@@ -158,8 +158,16 @@ def load_plan(path: str | Path) -> MergePlan:
         raise BadInput(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
     plan = parse_plan(text, path.name)
     sources = [_beside(part, path.parent) for part in plan.sources]
+    method, own = plan.method, learner(plan.method)
+    if own is not None and own.learnt is not None:
+        method = with_learnt(method, Path(_place(own.learnt, path.parent)))
     return plan.model_copy(
-        update={"sources": sources, "anchor": _place(plan.anchor, path.parent), "data": _data_beside(plan.data, path.parent)}
+        update={
+            "method": method,
+            "sources": sources,
+            "anchor": _place(plan.anchor, path.parent),
+            "data": _data_beside(plan.data, path.parent),
+        }
     )
 
 
@@ -193,7 +201,7 @@ def merge(
         if isinstance(delta, Merged) and learner(delta.preset) is not None:
             check_place(out, [resolve(plan.anchor).path, *read_folders(delta)])
             beside = out.with_name(f"{out.name}-learnt")
-            taught(delta, resolve(plan.anchor), _task_rows(plan, beside), beside / "learnt")
+            taught(delta, resolve(plan.anchor), _task_rows(plan, beside), beside / "learnt", plan.allow_mismatch)
         delta, scale = _plainly(delta)
         return transfer(
             delta,
@@ -243,6 +251,7 @@ def _task_rows(plan: MergePlan, folder: Path) -> list[TaskRows]:
     """The encoded rows of the plan's tasks, made in `folder` by the prepare stage."""
     from guidetune.data.chat import Chat
     from guidetune.data.prepare import PrepareSettings, prepare
+    from guidetune.data.prompts import prompts
     from guidetune.data.rows import EncodedRows
     from guidetune.models.loading import load_tokenizer
 
@@ -253,6 +262,8 @@ def _task_rows(plan: MergePlan, folder: Path) -> list[TaskRows]:
     tasks, problems = [], []
     for number, sources in enumerate(plan.data.tasks, 1):
         try:
+            if plan.data.unlabelled:
+                sources = [prompts(one, Path.cwd(), folder / f"prompts-{number}-{k}.jsonl") for k, one in enumerate(sources, 1)]
             done = prepare(sources, [], chat, settings, folder / f"data-{number}", Path.cwd())
             tasks.append(TaskRows(" + ".join(labels(sources)), EncodedRows.open(done.path), done.path))
         except BadInput as error:
@@ -277,11 +288,12 @@ def preview(plan: MergePlan | str | Path) -> str:
         warnings = check_origin(delta, target, plan.allow_mismatch)
         if (preset := learner(merged.preset)) is not None:
             with tempfile.TemporaryDirectory() as scratch:
-                study = Study.of(preset, merged, target, _task_rows(plan, Path(scratch)))
+                study = Study.of(preset, merged, target, _task_rows(plan, Path(scratch)), plan.allow_mismatch)
                 if preset.learnt is None:
                     study.check_data()
                     learning = [f"learns: {preset.cost(study).text()}"]
                 else:
+                    study.check_learnt()
                     learning = [f"learns: nothing more; {preset.learnt} is used"]
                 del study  # its rows are mapped from the scratch folder
         with Checkpoint(target.path) as anchor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from guidetune import pipeline
+from guidetune.data.rows import EncodedRows
 from guidetune.errors import BadInput, RunFailed
 from guidetune.recipe import load
 from guidetune.weightspace.stages import layers
@@ -143,7 +144,19 @@ def test_a_merge_method_on_the_way_to_the_instruct_model(place: Path) -> None:
     for name in instruct:
         factor = 0.25 + 0.75 * ((depth[name][0] - 1) / (depth[name][1] - 1)) if name in depth else 0.25
         torch.testing.assert_close(b[name] - instruct[name], factor * (a[name] - instruct[name]), rtol=1e-4, atol=2e-7)
-    for wrong, words in (("slerp", "joins several models"), ("line", "did you mean 'lines'")):
+    # one that learns does so from the validation rows, once, beside the adapter
+    atlas = ["evaluate=null", "transfer.method={method: atlas, steps: 3, batch: 4}"]
+    learnt = pipeline.run(load(place / "recipe.yaml", atlas), place / "runs/atlas")
+    table = json.loads((learnt / "learnt/coefficients.json").read_text())
+    manifest = json.loads((learnt / "learnt/manifest.json").read_text())
+    c, found = tensors(learnt / "model"), results(learnt)["arms"]["gift"]
+    assert manifest["key"]["rows"] == [EncodedRows.open(learnt / "validation").digest]
+    assert found["paths"]["learnt"] == "learnt"
+    for name, factor in table["sources"][0]["coefficients"].items():
+        torch.testing.assert_close(c[name] - instruct[name], factor * (a[name] - instruct[name]), rtol=1e-3, atol=3e-7)
+    pipeline.run(load(place / "recipe.yaml", atlas), place / "runs/atlas")
+    assert json.loads((learnt / "learnt/manifest.json").read_text()) == manifest
+    for wrong, words in (("slerp", "joins several models"), ("fisher", "joins several models"), ("line", "did you mean 'lines'")):
         with pytest.raises(BadInput, match=words):
             load(place / "recipe.yaml", [f"transfer.method={wrong}"])
 

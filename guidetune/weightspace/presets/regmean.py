@@ -110,7 +110,7 @@ def _inputs(composed: Composed, study: Study, linears: dict[str, nn.Linear]) -> 
     seen: list[tuple[torch.Tensor, str]] = []
     same: dict[str, str] = {}
 
-    def look(name: str, x: torch.Tensor) -> None:
+    def look(name: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         first = next((other for tensor, other in seen if tensor is x), None)
         if first is None:
             seen.append((x, name))  # kept: another tensor cannot take its place in memory
@@ -126,8 +126,8 @@ def _products(composed: Composed, study: Study, task: TaskRows, linears: dict[st
     sums = {name: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for name, m in linears.items()}
     counts = dict.fromkeys(linears, 0)
 
-    def add(name: str, x: torch.Tensor) -> None:
-        x = x.flatten(0, -2).float()
+    def add(name: str, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        x = (x if mask is None else x[mask.bool()]).flatten(0, -2).float()
         sums[name].addmm_(x.T, x)
         counts[name] += len(x)
 
@@ -136,14 +136,18 @@ def _products(composed: Composed, study: Study, task: TaskRows, linears: dict[st
 
 
 def _pass(
-    composed: Composed, task: TaskRows, rows: np.ndarray, linears: dict[str, nn.Linear], see: Callable[[str, torch.Tensor], None]
+    composed: Composed,
+    task: TaskRows,
+    rows: np.ndarray,
+    linears: dict[str, nn.Linear],
+    see: Callable[[str, torch.Tensor, torch.Tensor | None], None],
 ) -> None:
-    """Run the model over rows and show `see` the input of each layer at every token that is no padding, [tokens, in]."""
+    """Run the model over rows and show `see` the input of each layer, [.., in], and which of it is no padding (None: all of it)."""
     mask: list[torch.Tensor | None] = []  # of the batch that is running; empty while the engine tries the model out
 
     def hook(name: str, x: torch.Tensor) -> None:
         if mask:
-            see(name, x if mask[0] is None else x[mask[0].bool()])
+            see(name, x, mask[0])
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in linears.items():
@@ -157,5 +161,5 @@ def _pass(
             mask.clear()
             for name, module in linears.items():
                 if module.weight is forward.head.weight:  # the engine's own, and only where something is predicted
-                    see(name, hidden)
+                    see(name, hidden, None)
             bar.advance(len(batch.rows))
