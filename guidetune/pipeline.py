@@ -926,7 +926,7 @@ class _Job:
             return
         from guidetune.weightspace.learning import learner
 
-        if (preset := learner(arm.transfer.method)) is not None:
+        if (preset := learner(arm.transfer.method)) is not None and preset.learnt is None:
             preset.check_tasks(self._to_learn_from(arm), 1)
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
