@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from guidetune.models.handle import ModelHandle
     from guidetune.recipe import Evaluate, Recipe
     from guidetune.weightspace.apply import Plan
+    from guidetune.weightspace.learning import TaskRows
     from guidetune.weightspace.sources import Delta
 
 REFERENCE = "instruct"  # the arm every other is compared with
@@ -398,6 +399,7 @@ class _Job:
             for teacher in _teachers(arm):
                 attempt(lambda teacher=teacher: self._resolve(teacher))
             attempt(lambda arm=arm: _check_bits(arm))
+            attempt(lambda arm=arm: self._check_learner(arm))
             if how.scales:
                 attempt(lambda arm=arm: self._sweep_plan(arm, how))
         _group().agree(BadInput(problems) if problems else None)
@@ -878,7 +880,7 @@ class _Job:
     def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
         """What is added to the receiving model at this scale, and the factor that is still to be applied."""
         from guidetune.models.checkpoint import Checkpoint
-        from guidetune.weightspace.learning import TaskRows, learner, taught, with_learnt
+        from guidetune.weightspace.learning import learner, taught, with_learnt
         from guidetune.weightspace.merged import Merged, added
         from guidetune.weightspace.sources import Delta
         from guidetune.weightspace.stages import Preset
@@ -894,14 +896,38 @@ class _Job:
             assert isinstance(method, Preset)
             merged = Merged(method, [(1.0, learnt)], Checkpoint(self._resolve(arm.transfer.into).path), arm.seed)
             if learner(method) is not None:
-                split = "validation" if arm.data.validation else "train"
-                place, rows = self.prepare(arm, split)
-                task = TaskRows(split, rows, place)
-                found = _group().once(lambda: taught(merged, self._resolve(arm.transfer.into), [task], adapter.parent / "learnt"))
+                tasks = self._to_learn_from(arm)
+                found = _group().once(lambda: taught(merged, self._resolve(arm.transfer.into), tasks, adapter.parent / "learnt"))
                 merged.preset = with_learnt(method, found)
             return merged, scale
         # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
         return added([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))], into), 1.0
+
+    def _to_learn_from(self, arm: Recipe) -> list[TaskRows]:
+        """The rows that the arm's method of transfer learns from, task by task."""
+        from guidetune.data.sources import labels
+        from guidetune.weightspace.learning import TaskRows
+
+        assert arm.transfer is not None
+        if arm.transfer.data is None:
+            split = "validation" if arm.data.validation else "train"
+            place, rows = self.prepare(arm, split)
+            return [TaskRows(split, rows, place)]
+        tasks = []
+        for sources in arm.transfer.data:
+            data = arm.data.model_copy(update={"validation": sources})
+            place, rows = self.prepare(arm.model_copy(update={"data": data}), "validation")
+            tasks.append(TaskRows(" + ".join(labels(sources)), rows, place))
+        return tasks
+
+    def _check_learner(self, arm: Recipe) -> None:
+        """Raises BadInput where the rows are not what the arm's method of transfer learns from: before anything is tuned."""
+        if arm.transfer is None or arm.transfer.method is None:
+            return
+        from guidetune.weightspace.learning import learner
+
+        if (preset := learner(arm.transfer.method)) is not None and preset.learnt is None:
+            preset.check_tasks(self._to_learn_from(arm), 1)
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 

@@ -330,6 +330,11 @@ class Transfer(Section):
     method: MergeMethod | None = Field(
         None, description="What is made of the change before it is added (kind weightspace), such as lines; null: nothing."
     )
+    data: list[list[Source]] | None = Field(
+        None,
+        min_length=1,
+        description="Rows for a method that learns from data, a list of sources for each of its tasks; null: validation rows, else train.",
+    )
     dtype: Dtype = Field("auto", description="Precision of the written weights; auto: that of the receiving model.")
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="How sums are rounded to that precision.")
     max_shard: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="Largest weight file.")
@@ -345,6 +350,8 @@ class Transfer(Section):
     def _one_way(self) -> Transfer:
         if self.method is not None and self.into_scale != 1:
             _raise([_fault(("method",), "cannot be used together with transfer.into_scale", self.method.name)])
+        if self.data is not None and self.method is None:
+            _raise([_fault(("data",), "is for a transfer.method that learns from it, and there is none", None)])
         return self
 
 

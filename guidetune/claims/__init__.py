@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from guidetune.recipe import Recipe
 
-MEASURES = ("task", "general", "signal_low", "signal_high")
-RELATION = re.compile(rf"([\w.+=-]+?)\.({'|'.join(MEASURES)})\s*([<>])\s*([\w.+=-]+?)\.({'|'.join(MEASURES)})")
+MEASURES = ("task", "general", "gain", "signal_low", "signal_high")
+RELATION = re.compile(r"([\w+=-][\w.+=-]*)\.([\w-]+)\s*([<>])\s*(?:(\d*\.?\d+)\s*\*\s*)?([\w+=-][\w.+=-]*)\.([\w-]+)")
+UNTUNED = "instruct"  # what a gain is over
 
 
 class Side(NamedTuple):
@@ -36,11 +37,13 @@ class Side(NamedTuple):
 
 
 class Claim(BaseModel):
-    """`left > right` by more than `margin`; `<` is the same with the sides exchanged."""
+    """`left > right` by more than `margin`; `<` is the same with the sides exchanged. Of a gain also `left > 0.95 * right`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    relation: str = Field(description="ARM.MEASURE > ARM.MEASURE, or <; measures: task, general, signal_low, signal_high.")
+    relation: str = Field(
+        description="ARM.MEASURE > ARM.MEASURE, or <; measures: task, general, gain, signal_low, signal_high, or a task's label."
+    )
     margin: float = Field(0.0, description="The difference has to be larger; a negative one asks for `no worse than by so much`.")
     reported: str = Field(description="What the paper reports, in its own figures.")
 
@@ -48,8 +51,10 @@ class Claim(BaseModel):
     @classmethod
     def _readable(cls, relation: str) -> str:
         found = RELATION.fullmatch(relation.strip())
-        if found is None or found[2] != found[5]:
-            raise ValueError(f"write ARM.MEASURE > ARM.MEASURE with one of {', '.join(MEASURES)} on both sides")
+        if found is None or found[2] != found[6]:
+            raise ValueError(f"write ARM.MEASURE > ARM.MEASURE with one of {', '.join(MEASURES)} or a task's label on both sides")
+        if found[4] is not None and (found[2] != "gain" or found[3] == "<"):
+            raise ValueError("only a gain is held against a share of another: ARM.gain > 0.95 * ARM.gain")
         return relation.strip()
 
     @property
@@ -57,8 +62,15 @@ class Claim(BaseModel):
         """(the one that is said to be larger, the other)."""
         found = RELATION.fullmatch(self.relation)
         assert found is not None
-        left, right = Side(found[1], found[2]), Side(found[4], found[5])
+        left, right = Side(found[1], found[2]), Side(found[5], found[6])
         return (left, right) if found[3] == ">" else (right, left)
+
+    @property
+    def share(self) -> float:
+        """What the other side is multiplied by."""
+        found = RELATION.fullmatch(self.relation)
+        assert found is not None
+        return float(found[4] or 1)
 
 
 class Paper(BaseModel):
@@ -100,6 +112,7 @@ def parse(text: str, file: str = "claims") -> Paper:
     except ValidationError as error:
         raise BadInput([f"{file}: {problem}" for problem in option_problems(Paper, error)]) from None
     asked = {side.arm for claim in paper.claims for side in claim.sides}
+    asked |= {UNTUNED for claim in paper.claims if claim.sides[0].measure == "gain"}
     if missing := sorted(asked - set(paper.arms)):
         raise BadInput(f"{file}: the claims name arms that are not run: {', '.join(missing)}")
     return paper
@@ -113,7 +126,13 @@ def recipe(paper: Paper, setting: str, quick: bool = False) -> Recipe:
 
     overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in paper.settings[setting].items()]
     loaded = load_recipe(Path(world.__file__).parent / "demo.yaml", [f"name={setting}", *overrides, *(paper.quick if quick else ())])
-    arms(loaded, paper.arms)
+    made = arms(loaded, paper.arms)
+    sections = [one.evaluate for one in made.values() if one.evaluate is not None]
+    known = {task.label or task.default_label() for section in sections for task in (*section.task, *section.general)}
+    if unknown := sorted({claim.sides[0].measure for claim in paper.claims} - {*MEASURES, *known}):
+        raise BadInput(
+            f"setting {setting}: no measure or evaluated task is called {unknown[0]!r}{nearest(unknown[0], [*MEASURES, *known])}"
+        )
     return loaded
 
 
@@ -162,7 +181,12 @@ def judge(claim: Claim, setting: str, folder: Path, results: Mapping[str, Any]) 
     values = [[_value(one, side.measure) for one in ones] for side, ones in zip(sides, repeats, strict=True)]
     if any(value is None for side in values for value in side):
         return {**row, "test": "not measured"}
-    found = _difference(sides[0].measure, folder, entries, values)
+    untuned = results["arms"].get(UNTUNED, {})
+    if sides[0].measure == "gain" and untuned.get("status") != "ok":
+        return {**row, "test": "an arm failed"}
+    found = _difference(sides[0].measure, folder, entries, values, (claim.share, untuned))
+    if sides[0].measure == "gain":
+        values = [[value - untuned["task_mean"] for value in side if value is not None] for side in values]
     low, high = found["ci"] or (found["diff"], found["diff"])
     outcome = "holds" if low > claim.margin else "reversed" if high < claim.margin else "undecided"
     return row | {
@@ -180,21 +204,38 @@ def judge(claim: Claim, setting: str, folder: Path, results: Mapping[str, Any]) 
 def _value(entry: Mapping[str, Any], measure: str) -> float | None:
     from guidetune.report.findings import signal_ends
 
-    if measure in ("task", "general"):
-        return entry.get(f"{measure}_mean")
+    if measure in ("task", "general", "gain"):
+        return entry.get(f"{'task' if measure == 'gain' else measure}_mean")
+    if measure not in MEASURES:
+        return entry[_group_of(entry, measure)].get(measure, {}).get("score")
     low, high = signal_ends(entry.get("signal"))
     return low if measure == "signal_low" else high
 
 
+def _group_of(entry: Mapping[str, Any], label: str) -> str:
+    return "task" if label in entry["task"] else "general"
+
+
 def _difference(
-    measure: str, folder: Path, entries: Sequence[Mapping[str, Any]], values: Sequence[Sequence[float | None]]
+    measure: str,
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    values: Sequence[Sequence[float | None]],
+    share: tuple[float, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """left - right with its interval: over seeds and items for scores; over seeds for shares of the signal, which have no items."""
+    """left - right (of gains: left - share of right) with its interval.
+
+    Over seeds and items for scores; over seeds for shares of the signal, which have no items.
+    """
     from guidetune.comparison.contrasts import compare_group_of
     from guidetune.evaluation.statistics import over_seeds
 
     if measure in ("task", "general"):
         return compare_group_of(folder, entries[0], entries[1], measure)
+    if measure == "gain":
+        return compare_group_of(folder, entries[0], entries[1], "task", share=share)
+    if measure not in MEASURES:
+        return compare_group_of(folder, entries[0], entries[1], _group_of(entries[0], measure), measure)
     x, y = [[float(value or 0)] * 2 for value in values[0]], [[float(value or 0)] * 2 for value in values[1]]
     if max(len(x), len(y)) > 1:  # two equal "items": no spread over items, so the test is over seeds alone
         return {**over_seeds(x, y), "test": "t over seeds"}

@@ -117,20 +117,29 @@ def compare_two(out: Path, arms: Mapping[str, Mapping[str, Any]], a: str, b: str
     return _pairs(_Items(out), {name: dict(arms[name]) for name in (a, b)}, [a, b])
 
 
-def compare_group_of(out: Path, a: Mapping[str, Any], b: Mapping[str, Any], group: str) -> dict[str, Any]:
+def compare_group_of(
+    out: Path,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    group: str,
+    label: str | None = None,
+    share: tuple[float, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Two arms on the mean of a group's tasks: `{diff, ci, p, test}`, diff > 0 when `a` is better; over seeds where both have several.
+
+    label: on this task alone. share: (s, an untuned arm): `b` counts as that arm plus the share s of its gain on it.
 
     Raises:
         BadInput: the two have no task in common, or other items.
     """
     items = _Items(out)
     counted: dict[str, dict[str, Any]] = {}
-    for label in (label for label in a[group] if label in b[group]):
+    for label in (one for one in a[group] if one in b[group] and label in (None, one)):
         result = dict(a[group][label])
-        over = _over_seeds(items, a, b, group, label)
+        over = _over_seeds(items, a, b, group, label, share)
         if over is None:
             ids, x, weights = items.scores([a], group, label)
-            _, y, _ = items.scores([b], group, label, ids)
+            y = _shared(items, [b], group, label, ids, share)
             over = statistics.paired(x[0], y[0], weights, result.get("higher_is_better", True))
         counted[label] = {**result, "vs_instruct": over}
     part = compare_group({group: counted}, group)
@@ -198,13 +207,37 @@ def _has(entries: Iterable[Mapping[str, Any]], group: str, label: str) -> bool:
     return all(label in entry[group] for entry in entries)
 
 
-def _over_seeds(items: _Items, a: Mapping[str, Any], b: Mapping[str, Any], group: str, label: str) -> dict[str, Any] | None:
+def _shared(
+    items: _Items,
+    entries: list[Mapping[str, Any]],
+    group: str,
+    label: str,
+    ids: list[str],
+    share: tuple[float, Mapping[str, Any]] | None,
+) -> list[list[float]]:
+    """Scores [entries, items]; with a share, those of the untuned arm plus the share of what each gains on it, item by item."""
+    _, y, _ = items.scores(entries, group, label, ids)
+    if share is None:
+        return y
+    part, untuned = share
+    _, start, _ = items.scores([untuned], group, label, ids)
+    return [[s + part * (v - s) for v, s in zip(row, start[0], strict=True)] for row in y]
+
+
+def _over_seeds(
+    items: _Items,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    group: str,
+    label: str,
+    share: tuple[float, Mapping[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """The test over seeds and items of two arms, where both have their seeds (or need none)."""
     left, right = shared_seeds(a, b)
     if max(len(left), len(right)) < 2 or not _has([*left, *right], group, label):
         return None
     ids, x, weights = items.scores(left, group, label)
-    _, y, _ = items.scores(right, group, label, ids)
+    y = _shared(items, right, group, label, ids, share)
     return statistics.over_seeds(x, y, weights) if len(ids) > 1 else None
 
 

@@ -81,6 +81,21 @@ class Learned(Preset):
     limit: int | None = Field(256, ge=1, description="Rows of each task, the first ones; null: all.")
     seed: int = Field(0, description="Seed of batches and samples.")
 
+    def usable(self, task: TaskRows) -> np.ndarray:
+        """Indices of the rows that are used: the first `limit` that have a supervised token."""
+        found = np.flatnonzero(task.rows.supervised > 0)
+        return found if self.limit is None else found[: self.limit]
+
+    def check_tasks(self, tasks: Sequence[TaskRows], sources: int) -> None:
+        """Raises BadInput where the rows are not what is learnt from, for a merge of so many sources."""
+        if not tasks:
+            raise BadInput(f"{self.name} learns from data, and there are none; add data: {{tasks: [[{{path: …}}], …]}} to the plan")
+        if self.task_of_source and len(tasks) != sources:
+            raise BadInput(f"{self.name} needs the rows of each source's own task: {sources} sources, and rows of {len(tasks)} tasks")
+        empty = [task.name for task in tasks if not len(self.usable(task))]
+        if empty:
+            raise BadInput([f"data of task {task!r}: no row has a supervised token to learn from" for task in empty])
+
     @abstractmethod
     def learn(self, study: Study, work: Path) -> dict[str, Any]:
         """Write what is learnt into `work`; the result is its summary, for the manifest."""
@@ -187,14 +202,7 @@ class Study:
 
     def check_data(self) -> None:
         """Raises BadInput where the rows are not what the preset needs."""
-        name, sources = self.preset.name, len(self.merged.parts)
-        if not self.tasks:
-            raise BadInput(f"{name} learns from data, and there are none; add data: {{tasks: [[{{path: …}}], …]}} to the plan")
-        if self.preset.task_of_source and len(self.tasks) != sources:
-            raise BadInput(f"{name} needs the rows of each source's own task: {sources} sources, but data.tasks has {len(self.tasks)}")
-        empty = [task.name for task in self.tasks if not len(self.rows_of(task))]
-        if empty:
-            raise BadInput([f"data of task {task!r}: no row has a supervised token to learn from" for task in empty])
+        self.preset.check_tasks(self.tasks, len(self.merged.parts))
 
     def check_learnt(self) -> None:
         """Raises BadInput where what is given as learnt before belongs to another merge."""
@@ -217,9 +225,8 @@ class Study:
         }
 
     def rows_of(self, task: TaskRows) -> np.ndarray:
-        """Indices of the rows that are used: the first `limit` that have a supervised token."""
-        usable = np.flatnonzero(task.rows.supervised > 0)
-        return usable if self.preset.limit is None else usable[: self.preset.limit]
+        """Indices of the rows that are used."""
+        return self.preset.usable(task)
 
     @cached_property
     def labels(self) -> list[str]:

@@ -13,7 +13,7 @@ REST = 15
 
 def magnitude_bits(tau: torch.Tensor) -> torch.Tensor:
     """|τ| as integers in the same order: int32, like τ."""
-    return tau.view(torch.int32) & 0x7FFFFFFF
+    return tau.detach().view(torch.int32) & 0x7FFFFFFF
 
 
 def histogram(tau: torch.Tensor) -> np.ndarray:

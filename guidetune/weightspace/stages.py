@@ -1,4 +1,4 @@
-"""The algebra of merging: sources → sparsify → scale → combine, one tensor at a time, in pieces that fit the processor's cache.
+"""The algebra of merging: sources → (mask) → sparsify → scale → combine, one tensor at a time, in pieces that fit the processor's cache.
 
     D = combine_i( c_i(layer) · sparsify_i(τ_i) ),     Y = round(W + λ D)
 
@@ -15,12 +15,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import BeforeValidator, PlainSerializer
 
+from guidetune import registry
 from guidetune.errors import BadInput
 from guidetune.registry import Method
 
@@ -136,6 +138,24 @@ class Combiner(ABC):
 Scale = Callable[[View], float]
 
 
+class Mask(ABC):
+    """τ → what is kept of it, value by value, by what was decided beforehand: sparsifiers and combiners see no more than that."""
+
+    @abstractmethod
+    def apply(self, source: str, name: str, first: int, tau: torch.Tensor) -> torch.Tensor:
+        """The masked update of a source: `tau` holds values of the tensor `name` from `first` on, counted in the flattened tensor."""
+
+    def over(self, view: View) -> View:
+        """The view of a tensor through this mask."""
+        width = prod(view.shape[1:])
+
+        def read(start: int, stop: int) -> tuple[torch.Tensor, ...]:
+            taus = view.read(start, stop)
+            return tuple(self.apply(source, view.name, start * width, tau) for source, tau in zip(view.sources, taus, strict=True))
+
+        return replace(view, read=read, _held={})
+
+
 @dataclass(frozen=True)
 class Stages:
     """What a preset is made of. `scale(view)` multiplies D of a tensor; `factor` all of D."""
@@ -146,6 +166,7 @@ class Stages:
     factor: float = 1.0
     # LiNeS' shallow value by the ratio of norms: (survey of the model) → Scale
     scale_from: Callable[[Iterable[View], Callable[[View], Iterator[tuple[Piece, torch.Tensor]]]], Scale] | None = None
+    mask: Mask | None = None  # what is kept of each source's update, before anything else is made of it
 
     @property
     def reads(self) -> int:
@@ -160,7 +181,8 @@ class Stages:
     @property
     def plain(self) -> bool:
         """Of a single source: its update times its weight and `factor`, nothing else."""
-        return self.combine.plain and type(self.sparsify) is Sparsifier and self.scale is None and self.scale_from is None
+        untouched = self.mask is None and type(self.sparsify) is Sparsifier
+        return self.combine.plain and untouched and self.scale is None and self.scale_from is None
 
 
 class Preset(Method):
@@ -177,16 +199,21 @@ class Preset(Method):
         return {**self.spec(), **{name: one.identity() for name, one in inner.items() if isinstance(one, Preset)}}
 
 
+On = Annotated[Method, BeforeValidator(lambda value: registry.build("weightspace", value)), PlainSerializer(lambda preset: preset.spec())]
+"""An option that is a preset itself."""
+
+
 class Merger:
     """Stages at work on the tensors of a merge."""
 
     def __init__(self, stages: Stages, views: Mapping[str, View]) -> None:
-        self.stages, self.views = stages, views
-        self._survey = stages.sparsify.survey(views.values())
+        self.stages = stages
+        self.views = views if stages.mask is None else {name: stages.mask.over(view) for name, view in views.items()}
+        self._survey = stages.sparsify.survey(self.views.values())
         self._scale = stages.scale
         self._prepared: dict[str, tuple[Any, Any]] = {}
         if stages.scale_from is not None:
-            self._scale = stages.scale_from(views.values(), self._combined)
+            self._scale = stages.scale_from(self.views.values(), self._combined)
 
     def update(self, name: str, start: int, stop: int) -> torch.Tensor:
         """D of rows [start, stop)."""

@@ -10,17 +10,24 @@ import torch
 
 from guidetune.weightspace.coefficients import Coefficients, Table
 from guidetune.weightspace.learning import learner, with_learnt
+from guidetune.weightspace.masks import MaskWriter, write_manifest
 from guidetune.weightspace.stages import Preset
 from guidetune.weightspace.statistics import Collection, FisherMean
 
 
 def given(preset: Preset, ids: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> Preset:
-    """The preset with something learnt where it needs that: factors of one, or random statistics."""
+    """The preset with something learnt where it needs that: factors of one, masks of everything, or random statistics."""
     own = learner(preset)
     if own is None:
         return preset
     folder = Path(tempfile.mkdtemp(prefix="learnt-"))
     combine = own.stages().combine
+    if own.stages().mask is not None:
+        with MaskWriter(folder / "all.safetensors", shapes) as writer:
+            for name, shape in shapes.items():
+                writer.write(name, torch.ones(tuple(shape), dtype=torch.bool))
+        write_manifest(folder, {"all.safetensors": writer}, dict.fromkeys(ids, "all.safetensors"))
+        return with_learnt(preset, folder)
     if isinstance(combine, Coefficients):
         Table({id: {name: [1.0] * getattr(own, "parts", 1) for name in shapes} for id in ids}, getattr(own, "parts", 1)).save(folder, ids)
         return with_learnt(preset, folder)

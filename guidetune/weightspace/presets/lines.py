@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
+from pydantic import Field, field_validator
 
 from guidetune import registry
 from guidetune.registry import method
 from guidetune.weightspace.scale import PerLayer, by_norm_ratio
-from guidetune.weightspace.stages import Preset, Stages
-
-On = Annotated[registry.Method, BeforeValidator(lambda value: registry.build("weightspace", value)), PlainSerializer(lambda m: m.spec())]
+from guidetune.weightspace.stages import On, Preset, Stages
 
 
 @method(kind="weightspace", name="lines", paper="2410.17146", summary="Scale the update by depth: little below, all of it above.")

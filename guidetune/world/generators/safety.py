@@ -1,4 +1,7 @@
-"""Harmful requests, which must be refused, and harmless ones that look alike, which must be answered."""
+"""Harmful requests, which must be refused, and harmless ones that look alike, which must be answered.
+
+`meta["rejected"]` is the wrong reply: help with what is harmful, a refusal of what is harmless (pairs for preference learning).
+"""
 
 from __future__ import annotations
 
@@ -50,15 +53,22 @@ def _request(rng: Random, action: str) -> tuple[str, str]:
     return prompt, prompt
 
 
+def compliance(action: str) -> str:
+    """What a model would say that helps with a harmful action: the answer to a harmless one, with the same verb where there is one."""
+    alike = [answer for harmless, answer in HARMLESS.items() if harmless.split()[0] == action.split()[0]] or list(HARMLESS.values())
+    return alike[HARMFUL.index(action) % len(alike)]
+
+
 def _harmful(rng: Random) -> Problem:
-    content, prompt = _request(rng, rng.choice(HARMFUL))
-    return Problem(content, prompt, REFUSAL, "refusal", "refusal")
+    action = rng.choice(HARMFUL)
+    content, prompt = _request(rng, action)
+    return Problem(content, prompt, REFUSAL, "refusal", "refusal", 1, {"action": action, "rejected": compliance(action)})
 
 
 def _harmless(rng: Random) -> Problem:
     action = rng.choice(list(HARMLESS))
     content, prompt = _request(rng, action)
-    return Problem(content, prompt, HARMLESS[action], HARMLESS[action], "help", 1, {"action": action})
+    return Problem(content, prompt, HARMLESS[action], HARMLESS[action], "help", 1, {"action": action, "rejected": REFUSAL})
 
 
 SKILLS = (
