@@ -29,8 +29,7 @@ from guidetune.weightspace.masks import (
     relaxed_graft,
     write_manifest,
 )
-from guidetune.weightspace.plan import merge as merge_plan
-from guidetune.weightspace.plan import parse_plan, preview
+from guidetune.weightspace.plan import MergePlan, merge, parse_plan, preview
 from guidetune.weightspace.stages import Merger, Stages, View
 from tests.models.pairs import make_adapter, save
 from tests.tiny import tiny_model
@@ -244,6 +243,10 @@ def plan(root: Path, method: dict[str, Any], sources: tuple[str, ...] = ("one",)
     return yaml.safe_dump({**text, "data": {"tasks": tasks}} if tasks else text)
 
 
+def written(plan: MergePlan, out: Path) -> None:
+    merge(plan, out, verify="none")
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
@@ -254,7 +257,7 @@ def test_the_verb_learns_a_mask_and_merges_what_it_keeps(root: Path, tmp_path: P
 
     (tmp_path / "plan.yaml").write_text(plan(root, method, (source,)))
     assert ended(["-q", "merge", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
-    merge_plan(parse_plan(plan(root, {"method": "sum"}, (source,), [])), tmp_path / "whole")
+    written(parse_plan(plan(root, {"method": "sum"}, (source,), [])), tmp_path / "whole")
     anchor, whole, got = (weights(folder) for folder in (root / "anchor", tmp_path / "whole", tmp_path / "out"))
     learnt = tmp_path / "out-learnt" / "learnt"
     (mask,) = open_masks(learnt).values()
@@ -283,33 +286,33 @@ def test_neither_threads_nor_shards_nor_pieces_nor_a_second_time_change_a_byte(
     for method in (SOMF, GRAFTING):
         name = method["method"]
         text = plan(root, method, ("one", "two"))
-        merge_plan(parse_plan(text), tmp_path / f"{name}-a")
+        written(parse_plan(text), tmp_path / f"{name}-a")
         monkeypatch.setattr(apply, "available_cores", lambda: 4)
-        merge_plan(parse_plan(plan(root, method, ("one", "two"), max_shard="40KB")), tmp_path / f"{name}-b")
+        written(parse_plan(plan(root, method, ("one", "two"), max_shard="40KB")), tmp_path / f"{name}-b")
         learnt = tmp_path / f"{name}-a-learnt" / "learnt"
         again = parse_plan(plan(root, {**method, "learnt": str(learnt)}, ("two", "one"), []))
         with monkeypatch.context() as context:
             context.setattr(stages, "PIECE_VALUES", 333)
-            merge_plan(again, tmp_path / f"{name}-c")
+            written(again, tmp_path / f"{name}-c")
         a, b, c = (weights(tmp_path / f"{name}-{k}") for k in "abc")
         assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in a)
         assert not (tmp_path / f"{name}-c-learnt").exists()
 
 
 def test_grafts_share_no_value_and_a_later_one_leaves_the_earlier_alone(root: Path, tmp_path: Path) -> None:
-    merge_plan(parse_plan(plan(root, GRAFTING, ("one", "two"))), tmp_path / "both")
+    written(parse_plan(plan(root, GRAFTING, ("one", "two"))), tmp_path / "both")
     both = json.loads((tmp_path / "both-learnt/learnt/masks.json").read_text())
     assert both["overlap"] == [[1.0, 0.0], [0.0, 1.0]]
-    merge_plan(parse_plan(plan(root, {**GRAFTING, "overlap": "mean"}, ("one", "two"))), tmp_path / "mean")
+    written(parse_plan(plan(root, {**GRAFTING, "overlap": "mean"}, ("one", "two"))), tmp_path / "mean")
     mean = json.loads((tmp_path / "mean-learnt/learnt/masks.json").read_text())
     assert 0 < mean["overlap"][0][1] < 1
 
-    merge_plan(parse_plan(plan(root, GRAFTING, ("one",))), tmp_path / "first")
+    written(parse_plan(plan(root, GRAFTING, ("one",))), tmp_path / "first")
     folder = tmp_path / "first-learnt" / "learnt"
     text = yaml.safe_load(plan(root, {**GRAFTING, "outside": [str(folder)]}, ("two",)))
     text["sources"][0]["minus"] = str(root / "anchor")
     text["anchor"] = str(tmp_path / "first")
-    merge_plan(parse_plan(yaml.safe_dump(text)), tmp_path / "second")
+    written(parse_plan(yaml.safe_dump(text)), tmp_path / "second")
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     (mask,) = open_masks(folder).values()
     changed = 0
@@ -321,7 +324,7 @@ def test_grafts_share_no_value_and_a_later_one_leaves_the_earlier_alone(root: Pa
 
 
 def test_one_update_is_grafted_for_several_tasks_by_their_union(root: Path, tmp_path: Path) -> None:
-    merge_plan(parse_plan(plan(root, GRAFTING, ("one",), [rows(root, "safe"), rows(root, "unsafe")])), tmp_path / "out")
+    written(parse_plan(plan(root, GRAFTING, ("one",), [rows(root, "safe"), rows(root, "unsafe")])), tmp_path / "out")
     report = json.loads((tmp_path / "out-learnt/learnt/masks.json").read_text())
     a, b, union = (report["files"][f"{name}.safetensors"]["kept"] for name in ("graft-1", "graft-2", "union"))
     common = report["overlap"][0][1] * b
@@ -330,7 +333,7 @@ def test_one_update_is_grafted_for_several_tasks_by_their_union(root: Path, tmp_
 
 def test_what_cannot_be_learnt_is_said_before_anything_is_written(root: Path, tmp_path: Path) -> None:
     def refused(text: str, match: str) -> None:
-        for work in (lambda: merge_plan(parse_plan(text), tmp_path / "out"), lambda: preview(parse_plan(text))):
+        for work in (lambda: written(parse_plan(text), tmp_path / "out"), lambda: preview(parse_plan(text))):
             with pytest.raises(BadInput, match=match):
                 work()
         assert not (tmp_path / "out").exists()
@@ -383,7 +386,7 @@ def test_a_recipe_learns_the_mask_after_tuning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fusion", [{"method": "ties", "scale": 0.4}, {"method": "dare", "density": 0.8, "scale": 0.3}, None])
 def test_several_tasks_are_joined_after_the_mask(root: Path, tmp_path: Path, fusion: dict[str, Any] | None) -> None:
     """The mask learns through the method that joins the tasks, and what is written is that method's merge of the masked updates."""
-    merge_plan(parse_plan(plan(root, {**SOMF, "fusion": fusion}, ("one", "two"))), tmp_path / "out")
+    written(parse_plan(plan(root, {**SOMF, "fusion": fusion}, ("one", "two"))), tmp_path / "out")
     learnt = tmp_path / "out-learnt" / "learnt"
     masks = open_masks(learnt)
     assert len(masks) == 2 and len({mask.path for mask in masks.values()}) == 1  # one mask for both
