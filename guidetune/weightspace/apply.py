@@ -311,11 +311,11 @@ def _write_stage(
     try:
         result = artefacts.stage(out, key, lambda work: _build(plan, source, work, shards, dtype, verify, rows))
     except (BadInput, RunFailed):
-        _free(out)
+        free_partial(out)
         raise
     except OSError as error:
-        _free(out)
-        raise RunFailed(_disk_message(out, total, error)) from None
+        free_partial(out)
+        raise RunFailed(disk_message(out, total, error)) from None
     summary = result.result
     for text in summary.get("warnings", []):
         say(f"transfer: warning: {text}")
@@ -335,17 +335,18 @@ def _check_space(out: Path, total: int) -> None:
         raise BadInput(f"{out} needs {total / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room or choose another --out")
 
 
-def _free(out: Path) -> None:
+def free_partial(out: Path) -> None:
     """A failed attempt must not keep the disk full."""
     for file in out.with_name(f".{out.name}.partial").glob("*.safetensors"):
         file.unlink(missing_ok=True)
 
 
-def _disk_message(out: Path, total: int, error: OSError) -> str:
+def disk_message(out: Path, total: int | None, error: OSError) -> str:
+    """What to say when writing `out` (of `total` bytes, where that is known) failed."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = f"it needs {total / 1e9:.2f} GB"
-        return f"the disk filled up while {out} was written ({reason}); {need}; nothing is lost: make room and run again"
+        need = "" if total is None else f"it needs {total / 1e9:.2f} GB; "
+        return f"the disk filled up while {out} was written ({reason}); {need}nothing is lost: make room and run again"
     if error.errno == errno.EFBIG:
         return (
             f"{out}: a file grew past the largest size allowed here ({reason}); use a smaller max_shard or raise the limit, and run again"

@@ -120,7 +120,12 @@ class MergePlan(BaseModel):
     anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
     sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
     method: Method = Field("sum", validate_default=True, description="How the deltas are combined (kind weightspace).")
-    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
+    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the anchor is stored; adapter: float32."
+    )
+    write: Literal["model", "adapter"] = Field(
+        "model", description="adapter: one LoRA adapter for the anchor, exactly the weighted sum of the sources, which are all adapters."
+    )
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard: int | str = "5GB"
     seed: int = 0
@@ -163,6 +168,13 @@ def merge(
 ) -> StageResult:
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
+    if plan.write == "adapter":
+        from guidetune.weightspace.adapters import add
+
+        preset = plan.method
+        assert isinstance(preset, Preset)
+        dtype = "float32" if plan.out_dtype == "auto" else plan.out_dtype
+        return add(preset, _adapters(plan), plan.anchor, out, dtype, plan.allow_mismatch)
     delta, scale = _joined(plan)
     try:
         return transfer(
@@ -180,6 +192,24 @@ def merge(
         )
     finally:
         delta.close()
+
+
+def _adapters(plan: MergePlan) -> list[tuple[float | Weight, LoraDelta]]:
+    """The sources of a plan that writes an adapter."""
+    parts: list[tuple[float | Weight, LoraDelta]] = []
+    problems: list[str] = []
+    for i, part in enumerate(plan.sources):
+        try:
+            if not isinstance(part, AdapterSource):
+                raise BadInput(
+                    f"sources.{i}: {part.model} is a model: `write: adapter` adds up adapters; make one of it with merge extract"
+                )
+            parts.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return parts
 
 
 def _joined(plan: MergePlan) -> tuple[Delta, float]:

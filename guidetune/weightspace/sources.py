@@ -251,6 +251,11 @@ class LoraDelta(Delta):
         product = b[start:stop] @ a if self._kinds[name] == "linear" else a.T[start:stop] @ b.T
         return product.mul_(self.scaling(path))
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of a module's weight, float32, the scaling in B (of an embedding: in = vocabulary)."""
+        path = self.lora_of[name]
+        return self.files.rows(self.pairs[path]["A"]).float(), self.files.rows(self.pairs[path]["B"]).float() * self.scaling(path)
+
     def same(self, a: str, b: str) -> bool:
         if not (a in self.lora_of and b in self.lora_of and self.config.get("ensure_weight_tying")):
             return super().same(a, b)
