@@ -437,7 +437,7 @@ def merge(
         from guidetune.weightspace.apply import transfer
 
         result = transfer(adapter, into, out, scale=scale, dtype=dtype, verify=verify)
-    print(f"model: {getattr(result, 'path', None) or out}")
+    print(f"{'adapter' if (result.path / 'adapter_config.json').is_file() else 'model'}: {result.path}")
 
 
 @merge_app.command("diff")
@@ -464,6 +464,28 @@ def merge_diff(
         write_json(json_file, found.as_dict())
     if out is not None:
         print(f"page: {differences.write(found, out)}")
+
+
+@merge_app.command("extract")
+@verb
+def merge_extract(
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The tuned model.", show_default=False)],
+    base: Annotated[str, typer.Option("--of", metavar="BASE", help="The model it was tuned from, which the adapter will belong to.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapter.")],
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of every module; with --energy the largest one.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Smallest rank that keeps this share of the squared change.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the written factors: float32, bfloat16 or float16.")] = "float32",
+    save_modules: Annotated[
+        bool, typer.Option("--save-modules", help="Store changed norms and embeddings whole beside the factors.")
+    ] = False,
+) -> None:
+    """Turn a tuned model into a LoRA adapter for its base, by SVD of every linear module's change."""
+    from guidetune.report import differences
+    from guidetune.weightspace.adapters import extract
+
+    done = extract(tuned, base, out, rank, energy, dtype, save_modules)
+    _print(differences.extracted(done.result))
+    print(f"adapter: {done.path}")
 
 
 @app.command("eval")

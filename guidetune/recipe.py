@@ -41,6 +41,7 @@ from guidetune import registry
 from guidetune.data.sources import WORLD, SourceSpec, locate
 from guidetune.engine.settings import TuneSettings
 from guidetune.errors import BadInput
+from guidetune.yaml12 import TAG, Dumper, Loader
 
 MAX_BYTES = 256 * 1024  # a recipe is a page or two; more is a data file given by mistake
 MAX_VALUES = 20_000  # after aliases are written out: stops nested-alias bombs
@@ -538,7 +539,7 @@ class Recipe(Section):
 
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and every path absolute; `load` of it gives the same recipe."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def default_reducer(weights: Sequence[registry.Method]) -> str:
@@ -1196,36 +1197,7 @@ def _put(tree: dict[str, Any], trail: Trail, value: Any) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML 1.2 with positions. The 1.1 rules of PyYAML would read `on` as true, `no` as false and `2e-4` as text.
-
-_SCALARS: list[tuple[str, str, list[str]]] = [
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-]
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would misread."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _name, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
-    if _name in ("int", "float"):
-        _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+# With positions.
 
 
 def _read(text: str, file: str, origins: _Origins, problems: list[str]) -> dict[str, Any]:
@@ -1252,7 +1224,7 @@ def _value(text: str) -> tuple[Any, list[str]]:
 
 def _compose(text: str, file: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
@@ -1305,7 +1277,7 @@ class _Reader:
         return found
 
     def scalar(self, node: yaml.Node, trail: Trail) -> Any:
-        text, tag = node.value, node.tag.removeprefix(_TAG)
+        text, tag = node.value, node.tag.removeprefix(TAG)
         try:
             if tag == "str":
                 return text

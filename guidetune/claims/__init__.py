@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from guidetune import yaml12
 from guidetune.errors import BadInput
 from guidetune.registry import nearest, option_problems
 
@@ -93,7 +94,7 @@ def load(name: str) -> Paper:
 def parse(text: str, file: str = "claims") -> Paper:
     """`load` for text in memory."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml12.load(text)
         paper = Paper.model_validate(tree)
     except yaml.YAMLError as error:
         raise BadInput(f"{file}: not valid YAML: {error}") from None

@@ -170,6 +170,33 @@ def by_module(found: Difference) -> str | None:
         return svg(figure, "modules", f"{heading} by layer and kind of module", "; ".join(said) + ".")
 
 
+def extracted(result: Mapping[str, Any]) -> Table:
+    """What `guidetune merge extract` kept, by kind of module, and what it left out."""
+    from rich.table import Table
+
+    from guidetune.weightspace.diff import kind_of
+
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, tensor in result["tensors"].items():
+        kinds.setdefault(kind_of(name), []).append(tensor)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("kind", "modules", "ranks", "change kept, % of its square", "residual, share of its norm"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for kind, tensors in kinds.items():
+        ranks = [tensor["rank"] for tensor in tensors]
+        square = sum(tensor["norm"] ** 2 for tensor in tensors)
+        rest = sum((tensor["residual"] * tensor["norm"]) ** 2 for tensor in tensors)
+        kept = numbers.percent(sum(tensor["kept"] * tensor["norm"] ** 2 for tensor in tensors) / square, 2)
+        span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        table.add_row(kind, str(len(tensors)), span, kept, numbers.any_value((rest / square) ** 0.5))
+    lines = [f"residual of the whole difference: {numbers.any_value(result['residual'])} of its norm"]
+    lines += [f"left out: {name} ({part['reason']}, norm {numbers.any_value(part['norm'])})" for name, part in result["left_out"].items()][
+        :8
+    ]
+    table.caption, table.caption_justify = "\n".join(lines), "left"
+    return table
+
+
 def _title(found: Difference) -> str:
     return f"A = {found.a}, B = {found.b}" + (f", M = {found.base}" if found.base is not None else "")
 

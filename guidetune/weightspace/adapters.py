@@ -220,24 +220,14 @@ def add(
         RunFailed: the disk filled up, or the written adapter's update is not the sum.
     """
     out, target = Path(out), resolve(anchor)
-    merged = Merged(preset, parts, Checkpoint(target.path))
+    merged, terms, warnings = _sum(preset, parts, target, allow_mismatch)
     check_place(out, [target.path, *read_folders(merged)])
-    warnings = check_origin(merged, target, allow_mismatch)
-    problems = [*merged.fit(merged.anchor.names), *merged.checks()]
-    problems += [
-        f"adapter {delta.folder} holds fully trained modules, which no sum of factors can express" for _, delta in parts if delta.saved
-    ]
-    if problems:
-        raise BadInput(problems[:12])
-    terms = {name: merged.terms(name) for name in merged.shapes}
-    if any(found is None for found in terms.values()):
-        raise BadInput(f"{preset.name} is not a weighted sum of the updates, so the result is no adapter: write a model instead")
     key = {"added": VERSION, "anchor": fingerprint(target), "delta": merged.describe(), "dtype": dtype}
 
     def build(work: Path) -> dict[str, Any]:
         made = _Adapter()
         for name, found in terms.items():
-            pairs = [(c, *delta.factors(name)) for c, delta in found or () if c != 0]  # type: ignore[attr-defined]
+            pairs = [(c, *delta.factors(name)) for c, delta in found if c != 0]
             if pairs:
                 path = name.removesuffix(".weight")
                 made.factors[path] = torch.cat([a for _, a, _ in pairs]), torch.cat([c * b for c, _, b in pairs], dim=1)
@@ -256,6 +246,44 @@ def add(
         return _published(out, key, build)
     finally:
         merged.close()
+
+
+def preview(preset: Preset, parts: Sequence[tuple[float | Weight, LoraDelta]], anchor: str | Path, allow_mismatch: bool = False) -> str:
+    """What `add` would write, in lines of text. Raises BadInput as `add`."""
+    target = resolve(anchor)
+    merged, terms, warnings = _sum(preset, parts, target, allow_mismatch)
+    try:
+        ranks = [sum(delta.rank(delta.lora_of[name]) for c, delta in found if c != 0) for name, found in terms.items()]
+        values = sum(rank * sum(merged.shapes[name]) for rank, name in zip(ranks, terms, strict=True))
+    finally:
+        merged.close()
+    lines = [
+        f"method: {preset.name} of {len(parts)} adapters, written as one adapter for {target.spec}",
+        f"modules: {len(ranks)}, of ranks {min(ranks)} to {max(ranks)}",
+        f"writes: {4 * values / 1e6:.1f} MB in float32",
+    ]
+    return "\n".join([*lines, *(f"warning: {text}" for text in warnings)])
+
+
+def _sum(
+    preset: Preset, parts: Sequence[tuple[float | Weight, LoraDelta]], target: ModelSource, allow_mismatch: bool
+) -> tuple[Merged, dict[str, list[tuple[float, LoraDelta]]], list[str]]:
+    """The sum, its terms by parameter, and warnings; BadInput where it is no sum of adapters that fit the target."""
+    merged = Merged(preset, parts, Checkpoint(target.path))
+    warnings = check_origin(merged, target, allow_mismatch)
+    problems = [*merged.fit(merged.anchor.names), *merged.checks()]
+    problems += [
+        f"adapter {delta.folder} holds fully trained modules, which no sum of factors can express" for _, delta in parts if delta.saved
+    ]
+    if problems:
+        raise BadInput(problems[:12])
+    terms: dict[str, list[tuple[float, LoraDelta]]] = {}
+    for name in merged.shapes:
+        found = merged.terms(name)
+        if found is None:
+            raise BadInput(f"{preset.name} is not a weighted sum of the updates, so its result is no adapter: write a model instead")
+        terms[name] = [(c, delta) for c, delta in found if isinstance(delta, LoraDelta)]
+    return merged, terms, warnings
 
 
 def _same_update(work: Path, target: ModelSource, merged: Merged, exact: bool) -> float:

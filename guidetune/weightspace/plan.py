@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
 
-from guidetune import registry
+from guidetune import registry, yaml12
 from guidetune.artefacts import StageResult
 from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
@@ -147,8 +147,8 @@ def load_plan(path: str | Path) -> MergePlan:
 def parse_plan(text: str, name: str = "plan") -> MergePlan:
     """A plan from YAML text; `name` is what errors call it."""
     try:
-        data = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml12.load(text)
+        root = yaml.compose(text, Loader=yaml12.Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -169,12 +169,11 @@ def merge(
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
     if plan.write == "adapter":
-        from guidetune.weightspace.adapters import add
+        from guidetune.weightspace import adapters
 
-        preset = plan.method
-        assert isinstance(preset, Preset)
+        assert isinstance(plan.method, Preset)
         dtype = "float32" if plan.out_dtype == "auto" else plan.out_dtype
-        return add(preset, _adapters(plan), plan.anchor, out, dtype, plan.allow_mismatch)
+        return adapters.add(plan.method, _adapters(plan), plan.anchor, out, dtype, plan.allow_mismatch)
     delta, scale = _joined(plan)
     try:
         return transfer(
@@ -242,6 +241,11 @@ def preview(plan: MergePlan | str | Path) -> str:
         BadInput: what `merge` would refuse, as far as it can be known now.
     """
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
+    if plan.write == "adapter":
+        from guidetune.weightspace import adapters
+
+        assert isinstance(plan.method, Preset)
+        return adapters.preview(plan.method, _adapters(plan), plan.anchor, plan.allow_mismatch)
     target = resolve(plan.anchor)
     delta, scale = _joined(plan)
     try:
