@@ -72,6 +72,7 @@ class Paper(BaseModel):
     arms: list[str] = Field(min_length=2)
     settings: dict[str, dict[str, Any]] = Field(min_length=1, description="Name -> the keys of the world's demo recipe that it changes.")
     quick: list[str] = Field([], description="Overrides that make everything short.")
+    unequal_budget: bool = Field(False, description="The arms see different numbers of rows by their nature.")
     claims: list[Claim] = Field(min_length=1)
 
 
@@ -138,7 +139,7 @@ def check(paper: Paper, out: Path, seeds: int = 5, quick: bool = False, jobs: in
     for setting, one in recipes.items():
         folder = out / setting
         try:
-            compare(one, paper.arms, folder, seeds, jobs=jobs)
+            compare(one, paper.arms, folder, seeds, jobs=jobs, unequal_budget=paper.unequal_budget)
         except RunFailed:
             if not (folder / "results.json").is_file():
                 raise
