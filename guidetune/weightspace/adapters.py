@@ -6,7 +6,7 @@ An adapter's update is (alpha / r) B A. Here alpha = r for every module, so that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -21,7 +21,7 @@ from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.fingerprints import fingerprint
 from guidetune.models.sources import ADAPTER_WEIGHTS, PROVENANCE, ModelSource, resolve
 from guidetune.progress import progress, say
-from guidetune.weightspace.apply import STORED, check_origin, check_place, disk_message, free_partial, read_folders
+from guidetune.weightspace.apply import STORED, check_origin, check_place, published, read_folders
 from guidetune.weightspace.diff import Weights, same_architecture
 from guidetune.weightspace.merged import Merged
 from guidetune.weightspace.scale import Weight
@@ -133,7 +133,7 @@ def extract(
             "base": fingerprint(models[1].source),
             "options": [rank, energy, dtype, save_modules],
         }
-        return _published(out, key, lambda work: _extract(models[0], models[1], work, rank, energy, dtype, save_modules))
+        return published(out, key, lambda work: _extract(models[0], models[1], work, rank, energy, dtype, save_modules))
     finally:
         for model in models:
             model.close()
@@ -243,7 +243,7 @@ def add(
         return result
 
     try:
-        return _published(out, key, build)
+        return published(out, key, build)
     finally:
         merged.close()
 
@@ -305,14 +305,3 @@ def _same_update(work: Path, target: ModelSource, merged: Merged, exact: bool) -
     if exact and error > 1e-5:
         raise RunFailed(f"the written adapter's update differs from the sum by {error:.2g} of its largest value; nothing was published")
     return error
-
-
-def _published(out: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> StageResult:
-    try:
-        return artefacts.stage(out, key, build)
-    except (BadInput, RunFailed):
-        free_partial(out)
-        raise
-    except OSError as error:
-        free_partial(out)
-        raise RunFailed(disk_message(out, None, error)) from None

@@ -105,6 +105,8 @@ class Merged(Delta):
     def done(self, name: str) -> None:
         if self._merger is not None:
             self._merger.close(name)
+        for _, part in self.parts:
+            part.done(name)
 
     def same(self, a: str, b: str) -> bool:
         return all(part.same(a, b) for _, part in self.parts)
