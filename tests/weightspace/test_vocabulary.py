@@ -15,27 +15,14 @@ from guidetune.errors import BadInput
 from guidetune.models.loading import load_model, load_tokenizer
 from guidetune.weightspace.plan import merge, parse_plan, preview
 from guidetune.weightspace.vocabulary import gather
-from tests.models.pairs import make_adapter, tiny_tokenizer
+from tests.models.pairs import make_adapter
 from tests.tiny import tiny_model
-
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def written(folder: Path, rows: int, seed: int, extra: tuple[str, ...], dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    tiny_model(vocab=rows, seed=seed, **changes).to(dtype).save_pretrained(folder)
-    tiny_tokenizer(extra=extra).save_pretrained(folder)
-    return folder
+from tests.weightspace.mergekit import UNION, VOCABULARY, rows_of, union_plan, vocabularies, written
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """<a> is id 102 of the anchor and 103 of `one`; <b> is in both others; <c> in one of them."""
-    root = tmp_path_factory.mktemp("vocabulary")
-    return {
-        "anchor": written(root / "anchor", 103, 0, ("<a>",)),
-        "one": written(root / "one", 112, 1, ("<b>", "<a>")),
-        "two": written(root / "two", 105, 2, ("<b>", "<c>")),
-    }
+    return vocabularies(tmp_path_factory.mktemp("vocabulary"))
 
 
 def plan_text(models: dict[str, Path], **more: Any) -> str:
@@ -123,8 +110,12 @@ def test_ordinary_tokens_join_with_their_merges(tmp_path: Path) -> None:
 
 
 def test_mergekits_way_of_saying_it(three: dict[str, Path], tmp_path: Path) -> None:
-    plan: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(three["anchor"]), "dtype": "float32"}
-    plan["models"] = [{"model": str(three[key]), "parameters": {"weight": w}} for key, w in (("one", 0.5), ("two", 0.25))]
+    plan = union_plan(three)
+    out = merge(parse_plan(yaml.safe_dump(plan)), tmp_path / "out").path
+    for name, values in json.loads(UNION.read_text()).items():  # as mergekit 0.1.5 gave them
+        for token, first in rows_of(out, name).items():
+            assert first == pytest.approx(values[token], rel=3e-7, abs=3e-7)
+    del plan["tokenizer_source"]
     for said in ({"tokenizer_source": "union"}, {"tokenizer": {"source": "union"}}):
         assert parse_plan(yaml.safe_dump(plan | said)).tokenizer == "union"
     assert parse_plan(yaml.safe_dump(plan)).tokenizer is None
