@@ -201,6 +201,9 @@ def check_origin(delta: Delta, target: ModelSource, allow_mismatch: bool) -> lis
             )
     elif isinstance(delta, Difference):
         origin = delta.sources[1]
+        kinds = [source.config.get("model_type") for source in delta.sources]
+        if kinds[0] != kinds[1]:  # the names of the tensors may be the same
+            problems.append(f"{delta.sources[0].spec} is a {kinds[0]} model and {origin.spec} a {kinds[1]} model: they do not compare")
         if delta.vocabulary is None and (why := differing(*delta.sources)) is not None:
             problems.append(
                 f"{delta.sources[0].spec} and {origin.spec} have other vocabularies ({why}): their rows do not belong together; "
