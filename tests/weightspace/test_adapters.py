@@ -224,7 +224,7 @@ def test_sums_that_are_no_adapter(pair: tuple[Path, Path], several: dict[str, Pa
     for sources, method, words in (
         ([one, two], "ties", "ties is not a weighted sum"),
         ([one, two], "{method: lines, alpha: norm}", "lines is not a weighted sum"),
-        ([one, f"{{model: {instruct}, minus: {base}}}"], "sum", "is a model: `write: adapter` adds up adapters"),
+        ([one, f"{{model: {instruct}, minus: {base}}}"], "sum", "sources.1 is no adapter: `write: adapter` adds up adapters"),
         ([one, one], "sum", "given twice"),
         ([one.replace("}", ", weight: 0}")], "sum", "every weight is 0"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ def plan_text(models: dict[str, Path], **more: Any) -> str:
     return yaml.safe_dump({"anchor": str(models["anchor"]), "sources": sources, **more})
 
 
+@cache
+def contents(folder: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    return load_tokenizer(str(folder)).get_vocab(), load_file(folder / "model.safetensors")
+
+
 def row(folder: Path, name: str, token: str) -> torch.Tensor | None:
-    number = load_tokenizer(str(folder)).get_vocab().get(token)
-    return None if number is None else load_file(folder / "model.safetensors")[name][number].float()
+    vocabulary, tensors = contents(folder)
+    return tensors[name][vocabulary[token]].float() if token in vocabulary else None
 
 
 def expected(models: dict[str, Path], name: str, token: str) -> torch.Tensor:
