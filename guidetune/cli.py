@@ -49,7 +49,7 @@ merge_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(merge_app, name="merge")
+app.add_typer(merge_app, name="merge", short_help="Write a model from adapters and models, or compare two.")
 runs_app = typer.Typer(help="What was run here, and how it ended.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 
