@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,12 @@ def of(settings: TuneSettings, rows: EncodedRows) -> Budget:
         tokens += int(supervised[batch].sum())
         seen += len(batch)
     return Budget(tokens, seen, steps)
+
+
+def together(budgets: Iterable[Budget]) -> Budget:
+    """What an arm goes through that tunes several tasks."""
+    each = list(budgets)
+    return Budget(sum(one.supervised_tokens for one in each), sum(one.rows for one in each), sum(one.steps for one in each))
 
 
 def differences(budgets: Mapping[str, Budget]) -> list[str]:
