@@ -115,8 +115,9 @@ def _place_paths(model: BaseModel, root: Path) -> tuple[BaseModel, list[dict[str
         updates[name] = path if isinstance(value, str) else Path(path)
     if isinstance(folder := getattr(model, "folder", None), str):
         updates["folder"] = _beside_recipe(folder, root)
-    if (teacher := getattr(model, "teacher", None)) is not None and teacher not in PAIR:
-        updates["teacher"] = _beside_recipe(teacher, root)
+    for name in ("teacher", "model", "weak", "strong"):  # options that name a model
+        if isinstance(spec := getattr(model, name, None), str) and spec not in PAIR and name in type(model).model_fields:
+            updates[name] = _beside_recipe(spec, root)
     return (model.model_copy(update=updates) if updates else model), faults
 
 
@@ -250,6 +251,8 @@ def _method_field(kind: str, default: str | None = None) -> Any:
 
 Operation = _method_field("operation")
 Params = _method_field("params", default="lora")
+Scorer = _method_field("scorer")
+Phases = _method_field("phases")
 TokenWeights = _method_field("token_weights")
 Task = _method_field("task")
 Tracker = _method_field("tracker")
@@ -277,6 +280,9 @@ class Data(Section):
     train: list[Source] = Field(min_length=1, description="Sources of training rows.")
     validation: list[Source] = Field([], description="Sources of held-out rows; their loss is reported during tuning.")
     operations: list[Operation] = Field([], description="Methods applied to the rows in this order (selection, mixing, synthesis).")
+    scores: dict[str, Scorer] = Field(
+        {}, description="Numbers for each prepared row, name -> method (kind scorer): what tune.phases divides by; docs/phased.md."
+    )
     max_length: int | None = Field(None, ge=8, description="Longest row in tokens; another place to write tune.max_length.")
     over_length: Literal["cut", "drop", "refuse"] = Field(
         "cut", description="What to do with longer rows: cut the middle of the prompt, drop the row, or refuse to start."
@@ -307,6 +313,9 @@ class Tune(Section, TuneSettings):
         None,
         description="How weighted token losses become one number: tokens Σwℓ/N, weights Σwℓ/Σw, sequence, rows, sum, micro, paper. "
         "Default: that of the first weight method; tokens when there are no weights.",
+    )
+    phases: Phases | None = Field(
+        None, description="Train on parts of the rows one after the other (kind phases); null: on all of them at once."
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -459,9 +468,31 @@ class Recipe(Section):
         if self.tune is not None and self.transfer is not None and self.transfer.into_scale != 1 and self.tune.on == self.transfer.into:
             text = f"nothing separates transfer.into from tune.on, which are both {self.tune.on}"
             _raise([_fault(("transfer", "into_scale"), text, self.transfer.into_scale)])
+        if self.tune is not None and self.tune.phases is not None:
+            self._check_phases()
         if self.tune is not None and self.tune.reducer is None:
             object.__setattr__(self.tune, "reducer", default_reducer(self.tune.weights))
         return self
+
+    def _check_phases(self) -> None:
+        """The score that phases are divided by must be one of data.scores, or a scorer that needs no options."""
+        assert self.tune is not None
+        phases: Any = self.tune.phases
+        name = phases.by if phases.scored else None
+        if name is None or name in self.data.scores:
+            return
+        if name not in registry.names("scorer"):
+            hint = registry.nearest(name, [*self.data.scores, *registry.names("scorer")])
+            _raise([_fault(("tune", "phases", "by"), f"neither a name in data.scores nor a scorer{hint}", name)])
+        try:
+            registry.build("scorer", name)
+        except BadInput as error:
+            text = f"the scorer {name} needs options; set it up in data.scores ({'; '.join(error.problems)})"
+            _raise([_fault(("tune", "phases", "by"), text, name)])
+
+    def scorer(self, name: str) -> Any:
+        """The scorer behind a name in data.scores, or of that name with its defaults."""
+        return self.data.scores.get(name) or registry.build("scorer", name)
 
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and every path absolute; `load` of it gives the same recipe."""

@@ -58,6 +58,7 @@ class PrepareSettings(BaseModel):
         None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
     )
     seed: int = Field(42, description="Seed of the operations.")
+    keep: list[str] = Field([], description="Columns of the sources that stay beside the rows, for scorers.")
 
 
 def prepare(
@@ -91,7 +92,7 @@ def prepare(
         ],
         "operations": [{**step.spec(), "code": digest_file(registry.source_file(type(step)))} for step in steps],
         "chat": chat.digest,
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump(exclude={"keep"} if not settings.keep else None),
     }
     return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root)))
 
@@ -124,7 +125,7 @@ def _build(
         ledger.drop(record.id, record.source, record.line, refused.reason, refused.detail)
 
     with _rare_collections(), Ledger(work, names) as ledger, _Output(work) as output, progress("prepare", unit="rows") as bar:
-        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar)
+        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, settings.keep)
         for number, step in enumerate(steps):
             stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger)
         for chunk in _chunks(stream):
@@ -196,10 +197,12 @@ class _Output:
 
 def _line(record: Record) -> str:
     """The record as one line of JSON."""
-    if all(len(message) == 2 for message in record.messages):  # as `json.dumps` writes it, in a third of the time
+    columns = record.meta.get("columns")
+    if not columns and all(len(message) == 2 for message in record.messages):  # as `json.dumps` writes it, in a third of the time
         turns = [f'{{"role": {quoted(message["role"])}, "content": {quoted(message["content"])}}}' for message in record.messages]
         return f'{{"id": {quoted(record.id)}, "source": {quoted(record.source)}, "messages": [{", ".join(turns)}]}}\n'
-    return json.dumps({"id": record.id, "source": record.source, "messages": record.messages}, ensure_ascii=False) + "\n"
+    values = {"id": record.id, "source": record.source, "messages": record.messages, **({"columns": columns} if columns else {})}
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _keep_tokenizer(chat: Chat, work: Path) -> None:
@@ -234,7 +237,9 @@ def _check_columns(specs: list[SourceSpec], root: Path) -> None:
         raise BadInput(problems)
 
 
-def _records(specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar) -> Iterator[Record]:
+def _records(
+    specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar, keep: Sequence[str]
+) -> Iterator[Record]:
     identifiers = Identifiers(work)
     try:
         for spec, name in zip(specs, names, strict=True):
@@ -242,7 +247,7 @@ def _records(specs: list[SourceSpec], names: list[str], root: Path, work: Path, 
             while chunk := list(islice(rows, _READ)):
                 ledger.read(name, len(chunk))
                 bar.advance(len(chunk))
-                for (line, _), result in zip(chunk, records.normalise_many(chunk, spec, name, identifiers), strict=True):
+                for (line, _), result in zip(chunk, records.normalise_many(chunk, spec, name, identifiers, keep), strict=True):
                     if isinstance(result, Dropped):
                         ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)
                     else:
@@ -403,7 +408,7 @@ def _text_key(text: str) -> bytes:
 
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """The used records of a prepare folder: {"id", "source", "messages"}, in the order of its rows."""
+    """The used records of a prepare folder: {"id", "source", "messages", "columns" (those kept, if any)}, in the order of its rows."""
     with open(Path(folder) / RECORDS, encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -161,9 +161,13 @@ def normalise(raw: Mapping[str, Any], spec: SourceSpec, source: str, line: int, 
 
 
 def normalise_many(
-    rows: Sequence[tuple[int, Mapping[str, Any] | Broken]], spec: SourceSpec, source: str, identifiers: Identifiers
+    rows: Sequence[tuple[int, Mapping[str, Any] | Broken]],
+    spec: SourceSpec,
+    source: str,
+    identifiers: Identifiers,
+    keep: Sequence[str] = (),
 ) -> list[Record | Dropped]:
-    """(line, row) of one source as records, or why not; in order."""
+    """(line, row) of one source as records, or why not; in order. The columns `keep` that a row has stay in its `meta["columns"]`."""
     out: list[Any] = []
     good, owns, contents = [], [], []
     mapped = bool(spec.map.keys() - {"id"})
@@ -179,7 +183,10 @@ def normalise_many(
         good.append(len(out))
         owns.append(_lookup(raw, spec.map["id"]) if "id" in spec.map else next((raw[k] for k in ("id", "unique_id") if k in raw), None))
         contents.append(content_key(messages))
-        out.append((messages, line, {"trimmed_turns": trimmed} if trimmed else {}))
+        meta: dict[str, Any] = {"trimmed_turns": trimmed} if trimmed else {}
+        if keep:
+            meta["columns"] = {name: value for name in keep if (value := _lookup(raw, name)) is not None}
+        out.append((messages, line, meta))
     for place, id in zip(good, identifiers.give_many(source, owns, contents), strict=True):
         messages, line, meta = out[place]
         out[place] = Record(id, source, messages, line, spec.weight, meta)
