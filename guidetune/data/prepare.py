@@ -127,7 +127,7 @@ def _build(
     rendered = any(step.renders for step in steps)
     _check_columns(specs, root, wanted if rendered else ())
     aims = {name: spec.loss_on or settings.loss_on for spec, name in zip(specs, names, strict=True)}
-    kept_columns = _column_types(specs, steps)
+    kept_columns = _column_types(specs, steps, root)
     account: list[dict[str, Any]] = []
     too_long: list[str] = []
     count = 0
@@ -233,11 +233,11 @@ def _typed(value: Any, kind: type) -> Any:
     return None if number is None else kind(number) if kind is float or number == number else None
 
 
-def _column_types(specs: list[SourceSpec], steps: list[Operation]) -> dict[str, type]:
+def _column_types(specs: list[SourceSpec], steps: list[Operation], root: Path) -> dict[str, type]:
     """The columns kept beside the rows: those of the sources (text), and what the operations add."""
     out: dict[str, type] = {name: str for spec in specs for name in [*spec.columns, *spec.tags]}
     for step in steps:
-        out |= step.adds()
+        out |= step.adds(root)
     return out
 
 

@@ -69,7 +69,7 @@ class Operation(Method):
         """Columns of the rows that it reads; others are not kept."""
         return set()
 
-    def adds(self) -> dict[str, type]:
+    def adds(self, root: Path) -> dict[str, type]:
         """Scores and columns that it gives to rows, name → float, int or str; kept beside the encoded rows."""
         return {}
 
