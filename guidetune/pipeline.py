@@ -726,7 +726,8 @@ class _Job:
 
     def score(self, arm: Recipe, name: str) -> StageResult:
         """The side table of one score of the arm's rows; computed once for the same scorer, models and rows, in any run beside this one."""
-        from guidetune.data.prepare import read_records
+        from guidetune.data.prepare import COLUMNS, read_records
+        from guidetune.data.side import SideTable
         from guidetune.scorers import ScoreContext, score
 
         scorer = _scorers(arm)[name]
@@ -740,6 +741,7 @@ class _Job:
             "code": digest_file(source_file(type(scorer))),
             "rows": rows.digest,
             "texts": digest_file(folder / "records.jsonl"),
+            "columns": digest_file(folder / COLUMNS) if scorer.columns else None,
             "chat": self.chat.digest if scorer.uses_chat else None,
             "models": {model: self._fingerprint(model) for model in scorer.models},
             "guidance": {teacher: self._fingerprint(teacher) for teacher in scorer.teachers},
@@ -761,7 +763,8 @@ class _Job:
 
         def build(work: Path) -> dict[str, Any]:
             context = ScoreContext(self.chat, open_model, stores.__getitem__, tokens, close)
-            return score(scorer, rows, read_records(folder), context, work, name)
+            columns = SideTable.open(folder / COLUMNS) if scorer.columns else None
+            return score(scorer, rows, read_records(folder), context, work, name, columns)
 
         place = self._place(self.out / "scores" / _slug_of(name), fingerprint(key))
         shared = self.out.parent / ".store" / f"score-{fingerprint(key)[:16]}"

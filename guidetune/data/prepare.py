@@ -6,8 +6,10 @@ import gc
 import hashlib
 import json
 import marshal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
@@ -24,22 +26,27 @@ from guidetune.data.chat import Chat, Encoded, Refused
 from guidetune.data.keys import key_array
 from guidetune.data.ledger import Ledger
 from guidetune.data.operations import Operation, OperationContext
-from guidetune.data.records import Dropped, Identifiers, Record
+from guidetune.data.records import UNREAD, Dropped, Identifiers, Record, held, number_of
 from guidetune.data.rows import FILE, EncodedRows, RowWriter
-from guidetune.data.sources import Broken, SourceSpec
+from guidetune.data.side import SideWriter
+from guidetune.data.sources import Broken, LossOn, SourceSpec
 from guidetune.errors import BadInput, RunFailed
 from guidetune.progress import Bar, progress
 
-VERSION = 2  # of what this stage writes: raise it when the same inputs give other files
+VERSION = 3  # of what this stage writes: raise it when the same inputs give other files
 RECORDS = "records.jsonl"
 PROMPTS = "prompts.index"
 PROMPT = np.dtype([("text", "<u8"), ("row", "<i4")])
 """Hash of a user turn, and the row that it is in."""
 TOKENIZER = "tokenizer.json"
+COLUMNS = "columns.parquet"
+"""Side table of the used rows: scores, phases, templates and tags, where there are such."""
 TOO_LONG = "longer than max_length"
 _READ = 256  # rows that are normalised at a time
 _CHUNK, _CHUNK_CHARACTERS = 1024, 1_000_000  # rows per tokenizer call, fewer of long ones
 _SHOWN, _EXAMPLES = 5, 3
+_REMEMBERED = 16  # first rows of each operation, to show what it did to them
+_GLIMPSE = 8  # turns of such a row
 _SCAN = 1 << 20
 _LOOK_AHEAD = 50  # rows of a source that are tried before anything is written
 
@@ -58,7 +65,10 @@ class PrepareSettings(BaseModel):
         None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
     )
     seed: int = Field(42, description="Seed of the operations.")
-    keep: list[str] = Field([], description="Columns of the sources that stay beside the rows, for scorers.")
+    keep: list[str] = Field([], description="Columns and scores of the rows that stay beside them, for scorers.")
+    loss_on: LossOn = Field(
+        "assistant", description="Tokens that are learnt: of every assistant turn, of the last one (target), or all up to its end."
+    )
 
 
 def prepare(
@@ -90,9 +100,11 @@ def prepare(
             {**spec.model_dump(exclude={"path", "name"}), "name": name, "digest": digest}
             for spec, name, digest in zip(specs, names, digests, strict=True)
         ],
-        "operations": [{**step.spec(), "code": digest_file(registry.source_file(type(step)))} for step in steps],
+        "operations": [
+            {**step.spec(), "code": digest_file(registry.source_file(type(step))), "reads": step.digests(Path(root))} for step in steps
+        ],
         "chat": chat.digest,
-        "settings": settings.model_dump(exclude={"keep"} if not settings.keep else None),
+        "settings": settings.model_dump(exclude=None if settings.keep else {"keep"}),
     }
     return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root)))
 
@@ -112,7 +124,12 @@ def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
 def _build(
     work: Path, specs: list[SourceSpec], names: list[str], steps: list[Operation], chat: Chat, settings: PrepareSettings, root: Path
 ) -> dict[str, Any]:
-    _check_columns(specs, root)
+    wanted = sorted(set[str]().union(*(step.columns() for step in steps)))
+    rendered = any(step.renders for step in steps)
+    _check_columns(specs, root, wanted if rendered else ())
+    aims = {name: spec.loss_on or settings.loss_on for spec, name in zip(specs, names, strict=True)}
+    kept_columns = {name: str for name in settings.keep} | _column_types(specs, steps, root)
+    account: list[dict[str, Any]] = []
     too_long: list[str] = []
     count = 0
 
@@ -122,19 +139,27 @@ def _build(
             count += 1
             if count <= _SHOWN:
                 too_long.append(f"{record.source} line {record.line} (id {record.id}): {tokens} tokens")
-        ledger.drop(record.id, record.source, record.line, refused.reason, refused.detail)
+        reason, detail = record.meta[UNREAD] if not record.messages and UNREAD in record.meta else (refused.reason, refused.detail)
+        ledger.drop(record.id, record.source, record.line, reason, detail, record.of)
 
-    with _rare_collections(), Ledger(work, names) as ledger, _Output(work) as output, progress("prepare", unit="rows") as bar:
-        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, settings.keep)
+    with (
+        _rare_collections(),
+        Ledger(work, names) as ledger,
+        _Output(work, kept_columns) as output,
+        progress("prepare", unit="rows") as bar,
+    ):
+        read = {*wanted, *(records.column_of(name) for name in settings.keep)}
+        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, sorted(read), rendered)
         for number, step in enumerate(steps):
-            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger)
+            place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work}
+            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place)
         for chunk in _chunks(stream):
-            kept, encoded, cuts = _fitting(chunk, chat, settings, drop)
+            kept, encoded, cuts = _fitting(chunk, chat, settings, drop, aims)
             if kept:
                 output.write(kept, encoded)
                 ledger.use(kept, encoded, cuts, [chat.control_text(record.messages) for record in kept])
             pa.default_memory_pool().release_unused()  # what Arrow's allocator keeps for later grows with time, for no gain in speed
-        totals = ledger.finish(template=chat.facts, max_length=settings.max_length)
+        totals = ledger.finish(template=chat.facts, max_length=settings.max_length, operations=account)
     _keep_tokenizer(chat, work)
     for spool in work.glob(".step*"):
         spool.unlink()
@@ -162,8 +187,10 @@ def _rare_collections() -> Iterator[None]:
 class _Output:
     """The files of the used rows, written chunk by chunk: rows, conversations, and a hash of every user turn."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, columns: dict[str, type]) -> None:
         self._rows = RowWriter(work / FILE)
+        self._columns = columns
+        self._side = SideWriter(work / COLUMNS, columns) if columns else None
         self._texts = open(work / RECORDS, "w", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
         self._prompts = open(work / PROMPTS, "wb")  # noqa: SIM115 (closed in __exit__)
         self._count = 0
@@ -177,6 +204,9 @@ class _Output:
         weight[~target] = 0
         self._rows.write_many([record.id for record in records], [record.source for record in records], lengths, tokens, weight)
         self._texts.write("".join([_line(record) for record in records]))
+        if self._side is not None:
+            columns = {name: [_typed(record.value(name), kind) for record in records] for name, kind in self._columns.items()}
+            self._side.write([record.id for record in records], **columns)
         asked = [(k, m["content"]) for k, record in enumerate(records, self._count) for m in record.messages if m["role"] == "user"]
         index = np.empty(len(asked), dtype=PROMPT)
         index["row"] = [k for k, _ in asked]
@@ -187,22 +217,38 @@ class _Output:
     def __enter__(self) -> _Output:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
             self._rows.close()
+            if self._side is not None:
+                self._side.__exit__(*error)
         finally:
             self._texts.close()
             self._prompts.close()
 
 
+def _typed(value: Any, kind: type) -> Any:
+    """A value as a side table's column has it; None where it cannot be."""
+    if value is None or kind is str:
+        return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    number = number_of(value)
+    return None if number is None else kind(number) if kind is float or number == number else None
+
+
+def _column_types(specs: list[SourceSpec], steps: list[Operation], root: Path) -> dict[str, type]:
+    """The columns kept beside the rows: those of the sources (text), and what the operations add."""
+    out: dict[str, type] = {name: str for spec in specs for name in [*spec.columns, *spec.tags]}
+    for step in steps:
+        out |= step.adds(root)
+    return out
+
+
 def _line(record: Record) -> str:
     """The record as one line of JSON."""
-    columns = record.meta.get("columns")
-    if not columns and all(len(message) == 2 for message in record.messages):  # as `json.dumps` writes it, in a third of the time
+    if all(len(message) == 2 for message in record.messages):  # as `json.dumps` writes it, in a third of the time
         turns = [f'{{"role": {quoted(message["role"])}, "content": {quoted(message["content"])}}}' for message in record.messages]
         return f'{{"id": {quoted(record.id)}, "source": {quoted(record.source)}, "messages": [{", ".join(turns)}]}}\n'
-    values = {"id": record.id, "source": record.source, "messages": record.messages, **({"columns": columns} if columns else {})}
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    return json.dumps({"id": record.id, "source": record.source, "messages": record.messages}, ensure_ascii=False) + "\n"
 
 
 def _keep_tokenizer(chat: Chat, work: Path) -> None:
@@ -212,18 +258,20 @@ def _keep_tokenizer(chat: Chat, work: Path) -> None:
         backend.save(str(work / TOKENIZER))
 
 
-def _check_columns(specs: list[SourceSpec], root: Path) -> None:
-    """Look at the first rows of every source, so that a wrong map costs seconds."""
+def _check_columns(specs: list[SourceSpec], root: Path, rendered: Sequence[str]) -> None:
+    """Look at the first rows of every source, so that a wrong map costs seconds. `rendered`: columns that conversations are made of."""
     problems: list[str] = []
     for spec in specs:
         broken: list[str] = []
         columns: dict[str, None] = {}
+        seen = []
         try:
             for line, raw in islice(sources.read(spec, root), _LOOK_AHEAD):
                 if isinstance(raw, Broken):
                     broken.append(f"line {line}: {raw.reason}: {raw.detail}")
                     continue
-                if records.understood(raw, spec):
+                seen.append(raw)
+                if records.understood(raw, spec, rendered):
                     break
                 columns |= dict.fromkeys(map(str, raw))
             else:
@@ -231,6 +279,9 @@ def _check_columns(specs: list[SourceSpec], root: Path) -> None:
                     problems += records.explain_columns(spec, list(columns)).problems
                 elif broken:
                     problems.append(f"{spec.path}: none of the first {len(broken)} rows can be read; {broken[0]}")
+            if spec.columns:
+                first = [raw for _, raw in islice(sources.read(spec, root), _LOOK_AHEAD) if not isinstance(raw, Broken)]
+                problems += [f"{spec.path}: {why}" for why in records.absent_columns(first, spec)]
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -238,7 +289,14 @@ def _check_columns(specs: list[SourceSpec], root: Path) -> None:
 
 
 def _records(
-    specs: list[SourceSpec], names: list[str], root: Path, work: Path, ledger: Ledger, bar: Bar, keep: Sequence[str]
+    specs: list[SourceSpec],
+    names: list[str],
+    root: Path,
+    work: Path,
+    ledger: Ledger,
+    bar: Bar,
+    columns: Sequence[str],
+    rendered: bool,
 ) -> Iterator[Record]:
     identifiers = Identifiers(work)
     try:
@@ -247,7 +305,8 @@ def _records(
             while chunk := list(islice(rows, _READ)):
                 ledger.read(name, len(chunk))
                 bar.advance(len(chunk))
-                for (line, _), result in zip(chunk, records.normalise_many(chunk, spec, name, identifiers, keep), strict=True):
+                made = records.normalise_many(chunk, spec, name, identifiers, columns, rendered)
+                for (line, _), result in zip(chunk, made, strict=True):
                     if isinstance(result, Dropped):
                         ledger.drop(f"{name}:{line}", name, line, result.reason, result.detail)
                     else:
@@ -256,24 +315,83 @@ def _records(
         identifiers.close()
 
 
-def _operate(step: Operation, stream: Iterable[Record], spool: Path, seed: int, ledger: Ledger) -> Iterator[Record]:
-    """Run one operation over records kept on disk, and check that it accounts for every row."""
-    rows = _Spool(spool)
-    rows.fill(stream)
-    dropped = 0
+def _operate(
+    step: Operation,
+    stream: Iterable[Record],
+    spool: Path,
+    seed: int,
+    ledger: Ledger,
+    account: list[dict[str, Any]],
+    place: Mapping[str, Any],
+) -> Iterator[Record]:
+    """Run one operation and check that it accounts for every row; what it did is added to `account`.
+
+    Its rows are kept on disk, unless one pass over them is enough for it.
+    """
+    rows: _Spool | _Once = _Once(stream) if step.streams else _Spool(spool)
+    if isinstance(rows, _Spool):
+        rows.fill(stream)
+    dropped: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    facts: dict[str, Any] = {}
+    made = kept = 0
 
     def drop(record: Record, reason: str, why: str) -> None:
-        nonlocal dropped
-        dropped += 1
-        ledger.drop(record.id, record.source, record.line, reason, why)
+        dropped[reason] += 1
+        ledger.drop(record.id, record.source, record.line, reason, why, record.of)
 
-    kept = 0
-    for record in step.apply(rows, OperationContext(seed, drop, spool.parent)):
+    def copied(record: Record) -> None:
+        nonlocal made
+        made += 1
+        ledger.made(record.source)
+
+    examples: list[dict[str, Any]] = []
+    context = OperationContext(seed, drop, spool.parent, note=facts.update, copied=copied, **place)
+    for record in step.apply(rows, context):
         kept += 1
+        sources[record.source] += 1
+        if len(examples) < _EXAMPLES and (before := rows.first.get(record.id) or rows.first.get(record.id.rpartition("~")[0])) is not None:
+            examples += _change(before, record)
         yield record
-    if kept + dropped != rows.count:
-        raise RunFailed(f"operation {step.name!r} got {rows.count} rows, kept {kept} and dropped {dropped}; it must account for all")
-    spool.unlink()
+    out = sum(dropped.values())
+    if kept + out != rows.count + made:
+        raise RunFailed(
+            f"operation {step.name!r} got {rows.count} rows and made {made}, kept {kept} and dropped {out}; it must account for all"
+        )
+    spool.unlink(missing_ok=True)
+    numbers = {"in": rows.count, "made": made, "dropped": dict(dropped.most_common()), "out": kept, "sources": dict(sources)}
+    account.append({"method": step.name, **numbers, "facts": facts, "examples": examples})
+
+
+def _change(before: Record, after: Record) -> list[dict[str, Any]]:
+    """One example of what an operation did to a row, shortened; none when it left its text alone."""
+    if before.messages == after.messages:
+        return []
+    return [{"id": after.id, "before": _glimpse(before.messages), "after": _glimpse(after.messages)}]
+
+
+def _glimpse(messages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    shown = [[m["role"], m["content"]] for m in messages[-_GLIMPSE:]]
+    return [[role, text if len(text) <= 300 else f"{text[:200]} … {text[-80:]}"] for role, text in shown]
+
+
+class _Once:
+    """Records that are gone through once, counted as they pass."""
+
+    def __init__(self, stream: Iterable[Record]) -> None:
+        self._stream: Iterable[Record] | None = stream
+        self.count = 0
+        self.first: dict[str, Record] = {}
+
+    def __iter__(self) -> Iterator[Record]:
+        if self._stream is None:
+            raise RuntimeError("an operation that streams goes through its rows once")
+        stream, self._stream = self._stream, None
+        for record in stream:
+            self.count += 1
+            if self.count <= _REMEMBERED:
+                self.first[record.id] = record
+            yield record
 
 
 class _Spool:
@@ -281,13 +399,16 @@ class _Spool:
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
+        self.first: dict[str, Record] = {}
 
     def fill(self, stream: Iterable[Record]) -> None:
         with open(self.path, "wb") as file:
             for chunk in _chunks(stream):
+                for record in chunk[: max(0, _REMEMBERED - self.count)]:
+                    self.first[record.id] = record
                 self.count += len(chunk)
                 # our own scratch file, read by the process that wrote it
-                marshal.dump([(r.id, r.source, r.messages, r.line, r.weight, r.meta) for r in chunk], file)
+                marshal.dump([record.kept() for record in chunk], file)
 
     def __iter__(self) -> Iterator[Record]:
         size = self.path.stat().st_size
@@ -303,7 +424,7 @@ def _chunks(stream: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in stream:
         chunk.append(record)
-        size += sum([len(message["content"]) for message in record.messages])
+        size += sum([len(message["content"]) for message in record.messages]) + (held(record.fields) if record.fields else 0)
         if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
@@ -312,12 +433,14 @@ def _chunks(stream: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _fitting(
-    chunk: list[Record], chat: Chat, settings: PrepareSettings, drop: Callable[[Record, Refused, int], None]
+    chunk: list[Record], chat: Chat, settings: PrepareSettings, drop: Callable[[Record, Refused, int], None], aims: Mapping[str, LossOn]
 ) -> tuple[list[Record], list[Encoded], list[int]]:
     """The records that can be used, their tokens, and how many were cut out of each."""
     kept: list[Record] = []
     rows: list[Encoded] = []
     cuts: list[int] = []
+    if "target" in aims.values():
+        chunk = [_last_turn_alone(record) if aims[record.source] == "target" else record for record in chunk]
     for record, encoded in zip(chunk, chat.encode_many([record.messages for record in chunk]), strict=True):
         cut = 0
         if isinstance(encoded, Refused):
@@ -329,10 +452,25 @@ def _fitting(
                 drop(record, shorter, len(encoded.input_ids))
                 continue
             encoded, cut = shorter
+        if aims[record.source] == "all":
+            encoded = _all_learnt(encoded)
         kept.append(record)
         rows.append(encoded)
         cuts.append(cut)
     return kept, rows, cuts
+
+
+def _last_turn_alone(record: Record) -> Record:
+    """The record with its last assistant turn as the only one that is learnt."""
+    turns = [k for k, message in enumerate(record.messages) if message["role"] == "assistant"]
+    messages = [{**m, "train": False} if k in turns[:-1] else m for k, m in enumerate(record.messages)]
+    return replace(record, messages=messages) if turns[:-1] else record
+
+
+def _all_learnt(encoded: Encoded) -> Encoded:
+    """The row with every token up to its last target as a target, but for the first, which nothing comes before."""
+    last = len(encoded.target) - 1 - encoded.target[::-1].index(True)
+    return replace(encoded, target=[False] + [True] * last + [False] * (len(encoded.target) - last - 1))
 
 
 def _shorten(record: Record, encoded: Encoded, chat: Chat, settings: PrepareSettings) -> tuple[Encoded, int] | Refused:
@@ -349,11 +487,11 @@ def _check_totals(totals: dict[str, Any], specs: list[SourceSpec], names: list[s
             problems.append(f"{spec.path}: all {tally['read']} rows are dropped: {_reasons(tally['dropped'], totals['examples'])}")
     if not totals["used"]:
         raise BadInput(problems or ["no rows are left to train on"])
-    dropped = totals["read"] - totals["used"]
+    dropped = sum(totals["dropped"].values())
     limit = settings.max_dropped
-    if limit is not None and dropped > (limit * totals["read"] if isinstance(limit, float) else limit):
+    if limit is not None and dropped > (limit * (totals["read"] + totals["made"]) if isinstance(limit, float) else limit):
         raise BadInput(
-            f"{dropped} of {totals['read']} rows are dropped, more than max_dropped {limit}: "
+            f"{dropped} of {totals['read'] + totals['made']} rows are dropped, more than max_dropped {limit}: "
             f"{_reasons(totals['dropped'], totals['examples'])}; mend the rows or raise max_dropped"
         )
 
@@ -408,7 +546,7 @@ def _text_key(text: str) -> bytes:
 
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """The used records of a prepare folder: {"id", "source", "messages", "columns" (those kept, if any)}, in the order of its rows."""
+    """The used records of a prepare folder: {"id", "source", "messages"}, in the order of its rows."""
     with open(Path(folder) / RECORDS, encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

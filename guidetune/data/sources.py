@@ -25,6 +25,7 @@ from guidetune.artefacts import digest_file, fingerprint
 from guidetune.errors import BadInput
 
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "dataset"]
+LossOn = Literal["target", "assistant", "all"]
 MAP_KEYS = ("user", "assistant", "system", "messages", "id")
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -56,6 +57,14 @@ class SourceSpec(BaseModel):
         default_factory=dict,
         description="Columns by part: user, assistant, system, id; or messages. A value is a column or text with {column} in it.",
     )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further columns for operations (category, language, score, …): name: column, a path into one, or text with {column}.",
+    )
+    tags: dict[str, str | int | float] = Field(
+        default_factory=dict, description="The same for every row of the source, such as {group: flan, language: es}; read like columns."
+    )
+    loss_on: LossOn | None = Field(None, description="As in data, for this source alone: target, assistant or all.")
     system: str | None = Field(None, description="System prompt for rows that have none.")
     weight: float = Field(1.0, gt=0, description="Loss weight of every supervised token of this source.")
     limit: int | None = Field(None, gt=0, description="Read only the first rows.")

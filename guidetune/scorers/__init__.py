@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -113,12 +113,18 @@ class Scorer(Method):
 
 
 def score(
-    scorer: Scorer, rows: EncodedRows, records: Iterable[Mapping[str, Any]], context: ScoreContext, work: Path, name: str
+    scorer: Scorer,
+    rows: EncodedRows,
+    records: Iterable[Mapping[str, Any]],
+    context: ScoreContext,
+    work: Path,
+    name: str,
+    columns: SideTable | None = None,
 ) -> dict[str, Any]:
     """Write the side table of all rows into `work`; returns how the scores are distributed, and why rows are without one.
 
     What was scored survives a kill: a second call on the same `work` goes on after it. Where several processes call it, each computes
-    and rank 0 writes.
+    and rank 0 writes. `columns` is the side table that was prepared with the rows.
 
     Raises:
         RunFailed: a scorer gave other than one finite number per row.
@@ -131,7 +137,7 @@ def score(
         pass
     try:
         with progress(f"score ({name})", len(rows), "rows", done) as bar:
-            while window := list(islice(stream, WINDOW)):
+            while window := _with_columns(list(islice(stream, WINDOW)), scorer.columns, columns):
                 found = list(scorer.scores(window, context))
                 if len(found) != len(window):
                     raise RunFailed(f"scorer {scorer.name!r} gave {len(found)} scores for {len(window)} rows")
@@ -206,7 +212,16 @@ def _begin(work: Path, n: int) -> tuple[int, Counter[str], list[dict[str, str]]]
 
 def _rows(rows: EncodedRows, records: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     for place, (row, record) in enumerate(zip(rows, records, strict=True)):
-        yield Row(place, row.id, record["messages"], row.input_ids, row.loss_weight, record.get("columns", {}))
+        yield Row(place, row.id, record["messages"], row.input_ids, row.loss_weight)
+
+
+def _with_columns(rows: list[Row], names: Sequence[str], table: SideTable | None) -> list[Row]:
+    """The rows with the columns that the scorer asked for."""
+    if not rows or not names or table is None:
+        return rows
+    ids = [row.id for row in rows]
+    found = {name: table.values(name, ids) for name in names}
+    return [replace(row, columns={name: values[k] for name, values in found.items()}) for k, row in enumerate(rows)]
 
 
 def texts(row: Row) -> tuple[str, str]:

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from guidetune.data.records import number_of
 from guidetune.registry import method
 from guidetune.scorers import NoScore, Row, Score, ScoreContext, Scorer
 
 
 @method(kind="scorer", name="column", paper="2406.04371", summary="A number that the data already has, such as released difficulty scores.")
 class Column(Scorer):
-    """float(column) after white space is taken off: released scores are often text such as "4.5" with line ends."""
+    """float(column) after white space is taken off: released scores are often text such as "4.5" with line ends.
 
-    column: str = Field(description="The column, or a path into one (`scores.gpt4`, `data[2]`).")
+    A score or a phase that an operation has given the rows is read in the same way.
+    """
+
+    column: str = Field(description="A column, or a path into one (`scores.gpt4`, `data[2]`), or what an operation has added.")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -28,10 +32,7 @@ class Column(Scorer):
         value = row.columns.get(self.column)
         if value is None:
             return NoScore(f"no column {self.column!r}")
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            return NoScore(f"the column {self.column!r} is neither a number nor text")
-        try:
-            number = float(value)
-        except ValueError:
+        number = number_of(value)
+        if number is None:
             return NoScore(f"the column {self.column!r} is not a number")
         return number if math.isfinite(number) else NoScore(f"the column {self.column!r} is not finite")
