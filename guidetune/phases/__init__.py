@@ -162,9 +162,9 @@ class Phases(Method):
             raise BadInput(f"phases: no row has the score {self.by!r}")
         if len(without) and self.missing == "refuse":
             ids = rows.ids
-            some = ", ".join(ids[int(k)] for k in without[:_SHOWN])
+            some = ", ".join(ids[int(k)] for k in without[:_SHOWN]) + (", …" if len(without) > _SHOWN else "")
             raise BadInput(
-                f"phases: {len(without):,} of {len(scores):,} rows have no score {self.by!r} ({some}{', …' if len(without) > _SHOWN else ''}); "
+                f"phases: {len(without):,} of {len(scores):,} rows have no score {self.by!r} ({some}); "
                 "put them into a phase with missing: first or last, or leave them out with missing: leave_out"
             )
         return np.flatnonzero(~np.isnan(scores))
