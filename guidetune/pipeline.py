@@ -683,7 +683,7 @@ class _Job:
             folder = self._place(self.out / ("data" if split == "train" else "validation"), key)
             operations = data.operations if split == "train" else []
             group = _group()
-            done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root))
+            done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root, self.recipe.models.model_dump()))
             if split == "train" and group.main and not self.ordered:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
@@ -861,7 +861,8 @@ class _Job:
 
     def _tune_phases(self, arm: Recipe, folder: Path, whole: _Tuning) -> StageResult:
         """One run of the training loop after the other, each from the weights that the one before has left; the last one's adapter."""
-        from guidetune.phases import PhaseGuidance, joined, table
+        from guidetune.phases import joined, table
+        from guidetune.phases._guidance import PhaseGuidance
 
         assert arm.tune is not None and arm.tune.phases is not None
         phases = self.phases(arm)
@@ -1382,6 +1383,46 @@ def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
         )
     )
     return results
+
+
+def score(recipe: Recipe, out: Path | None = None, export: Path | None = None) -> str:
+    """Every score that the recipe names, and its phases, as a text with histograms. `export` writes `id` and scores as JSON lines."""
+    import json
+
+    from guidetune.artefacts import atomic_lines
+    from guidetune.phases import table
+    from guidetune.scorers import histogram, read
+
+    threads.settle()
+    out = Path(out or Path("runs") / recipe.name)
+    _check_place(out)
+    job = _Job(recipe, out, "run")
+    names = list(_scorers(recipe))
+    if not names:
+        raise BadInput("the recipe names no score; add data: {scores: {name: scorer}}, such as {length: length}")
+    lines: list[str] = []
+    found = {}
+    rows = job.prepare(recipe)[1]
+    for name in names:
+        done = job.score(recipe, name)
+        found[name] = read(done.path, list(rows.ids))
+        lines += [*histogram(name, done.result), f"scores: {done.path}"]
+    if recipe.tune is not None and recipe.tune.phases is not None:
+        for place, phase in enumerate(table(job.phases(recipe), rows), 1):
+            spread = (
+                ""
+                if phase["score_low"] is None
+                else f", scores {phase['score_low']:g} to {phase['score_high']:g}, mean {phase['score_mean']:.4g}"
+            )
+            lines.append(
+                f"phase {place} ({phase['name']}): {phase['rows']:,} rows, {phase['supervised_tokens']:,} supervised tokens{spread}"
+            )
+    if export is not None:
+        with atomic_lines(Path(export)) as write:
+            for k, id in enumerate(rows.ids):
+                write(json.dumps({"id": id, **{name: None if v[k] != v[k] else float(v[k]) for name, v in found.items()}}))
+        lines.append(f"{len(rows):,} rows written to {export}")
+    return "\n".join(lines)
 
 
 def histogram_text(summary: Mapping[str, Any]) -> str:

@@ -479,19 +479,25 @@ class Recipe(Section):
         assert self.tune is not None
         phases: Any = self.tune.phases
         name = phases.by if phases.scored else None
-        if name is None or name in self.data.scores:
+        if name is None or name in self.data.scores or name in self._added():
             return
         if name not in registry.names("scorer"):
-            hint = registry.nearest(name, [*self.data.scores, *registry.names("scorer")])
-            _raise([_fault(("tune", "phases", "by"), f"neither a name in data.scores nor a scorer{hint}", name)])
+            hint = registry.nearest(name, [*self.data.scores, *self._added(), *registry.names("scorer")])
+            _raise([_fault(("tune", "phases", "by"), f"no name in data.scores, no score of an operation and no scorer{hint}", name)])
         try:
             registry.build("scorer", name)
         except BadInput as error:
             text = f"the scorer {name} needs options; set it up in data.scores ({'; '.join(error.problems)})"
             _raise([_fault(("tune", "phases", "by"), text, name)])
 
+    def _added(self) -> list[str]:
+        """Numbers that operations give the rows."""
+        return [name for step in self.data.operations for name, kind in step.adds(self._root).items() if kind is not str]  # type: ignore[attr-defined]
+
     def scorer(self, name: str) -> Any:
-        """The scorer behind a name in data.scores, or of that name with its defaults."""
+        """The scorer behind a name in data.scores, the score that an operation gives, or the scorer of that name with its defaults."""
+        if name in self._added() and name not in self.data.scores:
+            return registry.build("scorer", {"method": "column", "column": name})
         return self.data.scores.get(name) or registry.build("scorer", name)
 
     def resolved_yaml(self) -> str:

@@ -31,6 +31,7 @@ from guidetune.data.rows import FILE, EncodedRows, RowWriter
 from guidetune.data.side import SideWriter
 from guidetune.data.sources import Broken, LossOn, SourceSpec
 from guidetune.errors import BadInput, RunFailed
+from guidetune.models.fingerprints import fingerprint as model_fingerprint
 from guidetune.progress import Bar, progress
 
 VERSION = 3  # of what this stage writes: raise it when the same inputs give other files
@@ -78,11 +79,13 @@ def prepare(
     settings: PrepareSettings,
     out: Path,
     root: Path,
+    models: Mapping[str, str] | None = None,
 ) -> StageResult:
     """Read, normalise, operate, encode; the result is the totals of the ledger.
 
     Writes rows.arrow and rows.index, records.jsonl, prompts.index, ledger.json, ledger.jsonl and tokenizer.json. Memory does not
-    grow with the number of rows: one chunk is held, and what must be known of all rows is in files.
+    grow with the number of rows: one chunk is held, and what must be known of all rows is in files. `models`: what operations call
+    `base` and `instruct`.
 
     Raises:
         BadInput: a source cannot be read or understood, no row is left, or a limit set by the user is passed.
@@ -106,7 +109,10 @@ def prepare(
         "chat": chat.digest,
         "settings": settings.model_dump(exclude=None if settings.keep else {"keep"}),
     }
-    return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root)))
+    known = dict(models or {})
+    if run := {name: model_fingerprint(known.get(name, name)) for step in steps for name in step.models()}:
+        key["models"] = run
+    return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root), known))
 
 
 def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
@@ -122,7 +128,14 @@ def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
 
 
 def _build(
-    work: Path, specs: list[SourceSpec], names: list[str], steps: list[Operation], chat: Chat, settings: PrepareSettings, root: Path
+    work: Path,
+    specs: list[SourceSpec],
+    names: list[str],
+    steps: list[Operation],
+    chat: Chat,
+    settings: PrepareSettings,
+    root: Path,
+    models: Mapping[str, str],
 ) -> dict[str, Any]:
     wanted = sorted(set[str]().union(*(step.columns() for step in steps)))
     rendered = any(step.renders for step in steps)
@@ -151,7 +164,7 @@ def _build(
         read = {*wanted, *(records.column_of(name) for name in settings.keep)}
         stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, sorted(read), rendered)
         for number, step in enumerate(steps):
-            place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work}
+            place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work, "models": models}
             stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place)
         for chunk in _chunks(stream):
             kept, encoded, cuts = _fitting(chunk, chat, settings, drop, aims)

@@ -19,7 +19,6 @@ from guidetune.artefacts import derive_seed, write_text_atomic
 from guidetune.data.rows import EncodedRows
 from guidetune.engine.settings import TuneSettings, total_steps
 from guidetune.errors import BadInput
-from guidetune.guidance.store import Guidance
 from guidetune.registry import Method
 
 _SHOWN = 3
@@ -205,20 +204,6 @@ def ascending(values: Sequence[float], what: str) -> None:
     """Raises ValueError unless the values are finite and each is above the one before."""
     if any(not np.isfinite(v) for v in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
         raise ValueError(f"{what}: {list(values)} must be numbers in rising order, each once")
-
-
-class PhaseGuidance(Guidance):
-    """The guidance of some of the rows that a store was made for: a view."""
-
-    def __init__(self, store: Guidance, places: np.ndarray) -> None:
-        super().__init__(store.log_prob, store.offsets, store.summary)
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def row(self, i: int) -> np.ndarray:
-        return super().row(int(self._places[i]))
 
 
 def joined(parts: Sequence[Path], whole: Path) -> None:

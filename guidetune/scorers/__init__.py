@@ -18,7 +18,6 @@ import numpy as np
 from guidetune.artefacts import read_json, write_json
 from guidetune.data.rows import EncodedRows
 from guidetune.data.side import SideTable, SideWriter
-from guidetune.engine.distributed import current
 from guidetune.errors import RunFailed
 from guidetune.progress import progress
 from guidetune.registry import Method
@@ -129,6 +128,8 @@ def score(
     Raises:
         RunFailed: a scorer gave other than one finite number per row.
     """
+    from guidetune.engine.distributed import current
+
     group = current()
     done, why, examples = group.once(lambda: _begin(work, len(rows)))
     values = np.memmap(work / _VALUES, dtype=np.float64, mode="r+") if len(rows) and group.main else np.zeros(len(rows))
@@ -194,6 +195,20 @@ def summarise(values: np.ndarray) -> dict[str, Any]:
         "quantiles": dict(zip(("5", "25", "50", "75", "95"), quantiles.tolist(), strict=True)),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
+
+
+def histogram(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """A score as text: how many rows have it, its spread, and a bar for each interval."""
+    missing = ", ".join(f"{n:,} {why}" for why, n in summary["why"].items())
+    head = f"{name}: {summary['n'] - summary['missing']:,} of {summary['n']:,} rows" + (f" ({missing})" if missing else "")
+    if "histogram" not in summary:
+        return [head]
+    counts, edges = summary["histogram"]["counts"], summary["histogram"]["edges"]
+    unit = f" {summary['unit']}" if summary["unit"] else ""
+    lines = [f"{head}; mean {summary['mean']:.4g}, sd {summary['sd']:.4g}, median {summary['quantiles']['50']:.4g}{unit}"]
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        lines.append(f"  {low:9.4g} – {high:<9.4g} {'█' * round(40 * count / max(counts)):<40} {count:>10,}")
+    return lines
 
 
 def _begin(work: Path, n: int) -> tuple[int, Counter[str], list[dict[str, str]]]:
