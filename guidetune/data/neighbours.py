@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
+from guidetune.data.ngrams import normal_text
+
 DIMENSION = 256
 _SIZES = (3, 4, 5)
 _CUT = 4000  # characters of a text that are looked at
 _BLOCK = 1 << 24  # distances held at a time
-
-
-def normal_text(text: str) -> str:
-    """A text as it is compared: compatibility forms unified, case folded, white space single."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def embed(texts: Sequence[str], dimension: int = DIMENSION) -> np.ndarray:

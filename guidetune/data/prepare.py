@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import marshal
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -159,8 +160,8 @@ def _build(
             pa.default_memory_pool().release_unused()  # what Arrow's allocator keeps for later grows with time, for no gain in speed
         totals = ledger.finish(template=chat.facts, max_length=settings.max_length, operations=account)
     _keep_tokenizer(chat, work)
-    for spool in work.glob(".step*"):
-        spool.unlink()
+    for scratch in work.glob(".step*"):
+        shutil.rmtree(scratch)
     if too_long:
         shown = too_long + ([f"and {count - _SHOWN} more"] if count > _SHOWN else [])
         raise BadInput(
@@ -316,7 +317,7 @@ def _records(
 def _operate(
     step: Operation,
     stream: Iterable[Record],
-    spool: Path,
+    scratch: Path,
     seed: int,
     ledger: Ledger,
     account: list[dict[str, Any]],
@@ -324,9 +325,11 @@ def _operate(
 ) -> Iterator[Record]:
     """Run one operation and check that it accounts for every row; what it did is added to `account`.
 
-    Its rows are kept on disk, unless one pass over them is enough for it.
+    Its rows are kept on disk, in the folder `scratch`, unless one pass over them is enough for it.
     """
-    rows: _Spool | _Once = _Once(stream) if step.streams else _Spool(spool)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir()
+    rows: _Spool | _Once = _Once(stream) if step.streams else _Spool(scratch / ".rows")
     if isinstance(rows, _Spool):
         rows.fill(stream)
     dropped: Counter[str] = Counter()
@@ -344,7 +347,7 @@ def _operate(
         ledger.made(record.source)
 
     examples: list[dict[str, Any]] = []
-    context = OperationContext(seed, drop, spool.parent, note=facts.update, copied=copied, **place)
+    context = OperationContext(seed, drop, scratch, note=facts.update, copied=copied, **place)
     for record in step.apply(rows, context):
         kept += 1
         sources[record.source] += 1
@@ -356,7 +359,12 @@ def _operate(
         raise RunFailed(
             f"operation {step.name!r} got {rows.count} rows and made {made}, kept {kept} and dropped {out}; it must account for all"
         )
-    spool.unlink(missing_ok=True)
+    if isinstance(rows, _Spool):
+        rows.path.unlink()
+    leftovers = sorted(path.name for path in scratch.iterdir())
+    if leftovers:
+        raise RunFailed(f"operation {step.name!r} leaves scratch files behind: {', '.join(leftovers)}")
+    scratch.rmdir()
     numbers = {"in": rows.count, "made": made, "dropped": dict(dropped.most_common()), "out": kept, "sources": dict(sources)}
     account.append({"method": step.name, **numbers, "facts": facts, "examples": examples})
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from guidetune import registry
 from guidetune.data.conditions import parse
 from guidetune.data.neighbours import embed, nearest
+from guidetune.data.ngrams import bands, ngrams, signatures, words
 from guidetune.data.records import Record, slots
 from guidetune.data.side import EmbeddingsWriter, SideWriter
 from guidetune.errors import BadInput
@@ -388,3 +389,127 @@ def test_demonstrations_that_are_too_long_are_left_out_first(tmp_path: Path) -> 
 def test_hashed_embeddings_see_fuzzy_matches() -> None:
     a, b, c, none = embed(["The patient has a high fever", "the PATIENT had a high  fever!", "Stock markets fell today", ""])
     assert a @ b > 0.6 > 0.2 > abs(float(a @ c)) and not none.any() and np.linalg.norm(a) == pytest.approx(1)
+
+
+# split
+
+
+def test_shares_are_drawn_by_row_or_by_group(tmp_path: Path) -> None:
+    rows = [conversation(f"r{k}", fields={"doc": f"d{k // 5}"}) for k in range(500)]
+    step = {"method": "split", "sizes": {"test": 0.2, "train": "rest"}}
+    done = operate(step, rows, tmp_path)
+    held = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    kept = {r.id for r in done.records}
+    assert 60 < len(held) < 140 and kept | {h["id"] for h in held} == {r.id for r in rows} and len(kept) + len(held) == 500
+    assert held[0]["split"] == "test" and held[0]["messages"][0]["role"] == "user" and done.dropped == {"held out": len(held)}
+    fewer = {r.id for r in operate(step, rows[:300], tmp_path).records}
+    assert fewer == {id for id in kept if int(id[1:]) < 300}  # rows that go move no others
+    done = operate({**step, "group": "doc"}, rows, tmp_path)
+    held = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert held and {r.fields["doc"] for r in done.records}.isdisjoint(h["doc"] for h in held)
+
+
+def test_the_first_rows_of_each_task(tmp_path: Path) -> None:
+    rows = [conversation(f"{task}{k}", fields={"task": task}) for task, n in (("a", 200), ("b", 105)) for k in range(n)]
+    step = {"method": "split", "sizes": {"test": 100, "validation": 10, "train": "rest"}, "per": "task"}
+    done = operate(step, rows, tmp_path)
+    assert [r.id for r in done.records] == [f"a{k}" for k in range(110, 200)]  # b is too small: it has none to train on
+    assert done.facts["parts"] == {"test": 200, "validation": 15, "train": 90}
+    both = operate({**step, "keep": ["train", "validation"], "shuffled": True}, rows, tmp_path)
+    assert len(both.records) == 105 and [r.id for r in both.records][0] != "a100"
+
+
+def test_levels_of_generalisation(tmp_path: Path) -> None:
+    rows = [conversation(f"{c}{t}{k}", fields={"category": c, "task": f"{c}{t}"}) for c in "xyz" for t in "12" for k in range(40)]
+    step = {
+        "method": "split",
+        "sizes": {"test": 10, "train": "rest"},
+        "per": "task",
+        "held_out_tasks": ["x1"],
+        "held_out_categories": ["z"],
+    }
+    done = operate(step, rows, tmp_path)
+    held = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    level = {h["task"]: h["level"] for h in held}
+    expected = {"x1": "partially_supervised", "x2": "fully_supervised", "y1": "fully_supervised", "y2": "fully_supervised"}
+    assert level == {**expected, "z1": "fully_held_out", "z2": "fully_held_out"}
+    assert {r.fields["level"] for r in done.records} == {"train"}
+    more = operate({**step, "held_out_categories": ["z", "y"]}, rows, tmp_path)
+    again = {h["task"]: h["level"] for h in map(json.loads, (tmp_path / "held_out.jsonl").read_text().splitlines())}
+    assert again == {**level, "y1": "fully_held_out", "y2": "fully_held_out"} and len(more.records) == 30
+    alone = operate({**step, "held_out_tasks": ["x1", "x2"]}, rows, tmp_path)  # the last task of its category
+    again = {h["task"]: h["level"] for h in map(json.loads, (tmp_path / "held_out.jsonl").read_text().splitlines())}
+    assert again["x1"] == again["x2"] == "fully_held_out" and alone.records
+    for sizes in ({"test": 0.4}, {"test": 1.4, "train": "rest"}, {"test": 10, "train": 0.5}, {"test": 10}, {"a": "rest", "b": "rest"}):
+        with pytest.raises(BadInput):
+            registry.build("operation", {"method": "split", "sizes": sizes, "keep": [next(iter(sizes))]})
+
+
+# overlap
+
+
+TWENTY = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split()
+
+
+def test_runs_of_words_shared_with_a_test_set(tmp_path: Path) -> None:
+    tests = [
+        {"prompt": " ".join(TWENTY), "completion": "a"},
+        {"prompt": "too short", "completion": "b"},
+        {"prompt": "quite other", "completion": "c"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tests))
+    rows = [
+        conversation("planted", text="before it. " + ", ".join(w.upper() for w in TWENTY[2:15]) + " and after", source="a"),
+        conversation("twelve", text=" ".join(TWENTY[:12]), source="a"),
+        conversation("whole", text="Too  short!", source="b"),
+        conversation("part", text="this is too short a text", source="b"),
+        conversation("turned", text=" ".join(TWENTY[::-1]), source="b"),
+    ]
+    step = {"method": "overlap", "against": ["test.jsonl"], "on_hit": "drop"}
+    done = operate(step, rows, tmp_path)
+    assert [r.id for r in done.records] == ["twelve", "part", "turned"] and done.dropped == {"leaks test text": 2}
+    assert done.facts["test_rows_met"] == {"a / test": {"met": 1, "share": 0.333333}, "b / test": {"met": 1, "share": 0.333333}}
+    assert done.facts["too_short"] == {"test": 2} and done.facts["leaking_rows"] == {"a": 1, "b": 1}
+    assert len(operate({**step, "on_hit": "report"}, rows, tmp_path).records) == 5
+    with pytest.raises(BadInput, match=r"2 rows share 13 words.*\n.*id planted\) and test line 1\n.*\n.*on_hit: report"):
+        operate({**step, "on_hit": "refuse"}, rows, tmp_path)
+    assert len(operate({**step, "on_hit": "refuse"}, rows[1:2], tmp_path).records) == 1
+    itself = [conversation(f"t{k}", text=t["prompt"], answer=t["completion"]) for k, t in enumerate(tests)]
+    assert operate({**step, "on_hit": "report"}, itself, tmp_path).facts["test_rows_met"]["s / test"] == {"met": 3, "share": 1.0}
+
+
+# near-duplicates
+
+
+def test_near_duplicates_go(tmp_path: Path) -> None:
+    text = " ".join(f"word{k}" for k in range(60))
+    rows = [
+        conversation("a", text=text, source="a"),
+        conversation("same words", text=text.upper().replace(" ", "  "), source="b"),
+        conversation("one changed", text=text.replace("word30", "other"), source="b"),
+        conversation("half changed", text=" ".join(TWENTY) + text[200:], source="b"),
+        conversation("other", text=" ".join(TWENTY), source="b"),
+        conversation("empty", text="?!", source="b", answer="..."),
+        conversation("empty too", text="!!", source="b", answer="."),
+    ]
+    done = operate({"method": "deduplicate", "near": {}}, rows, tmp_path)
+    assert [r.id for r in done.records] == ["a", "half changed", "other", "empty", "empty too"] and done.dropped == {"near-duplicate": 2}
+    assert len(operate({"method": "deduplicate", "near": {"threshold": 0.95}}, rows, tmp_path).records) == 6
+    assert len(operate("deduplicate", rows, tmp_path).records) == 7
+
+
+def test_minhash_estimates_the_share_in_common() -> None:
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(300):
+        union = rng.integers(0, 2**63, 200, dtype=np.uint64)
+        a, b = union[: rng.integers(100, 200)], union[rng.integers(0, 100) :]
+        signed = signatures([a, b])
+        exact = len(np.intersect1d(a, b)) / len(np.union1d(a, b))
+        errors.append(abs(float((signed[0] == signed[1]).mean()) - exact))
+    assert np.mean(errors) <= 1 / np.sqrt(128) and np.quantile(errors, 0.99) <= 3 / np.sqrt(128)
+    for threshold in (0.5, 0.7, 0.9):
+        count, places = bands(threshold)
+        assert count * places <= 128 and 1 - (1 - threshold**places) ** count >= 0.95
+    assert len(ngrams("a b c d e f", 5)) == 2 and len(ngrams("a b", 5)) == 1 and not set(ngrams("a b", 5)) & set(ngrams("a b c d e", 5))
+    assert len(words("東京 is big")) == 4

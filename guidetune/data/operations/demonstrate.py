@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from guidetune.artefacts import digest_file
 from guidetune.data.draws import TOP, Numbers, number
-from guidetune.data.neighbours import DIMENSION, embed, nearest, normal_text
+from guidetune.data.neighbours import DIMENSION, embed, nearest
+from guidetune.data.ngrams import normal_text
 from guidetune.data.operations import Operation, OperationContext, Rows
 from guidetune.data.records import Dropped, Record, column_of, load
 from guidetune.data.shelf import Shelf

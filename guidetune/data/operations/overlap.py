@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,15 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from guidetune.data.neighbours import normal_text
+from guidetune.data.ngrams import ngrams, words
 from guidetune.data.operations import Operation, OperationContext, Rows
 from guidetune.data.records import Dropped, Record, column_of, load
 from guidetune.data.sources import SourceSpec
 from guidetune.errors import BadInput
 from guidetune.registry import method
 
-_WORD = re.compile(r"\w+")
-_BASE = np.uint64(0x9E3779B97F4A7C15)
 _SHOWN = 5
 
 
@@ -144,26 +140,6 @@ class _Index:
 
     def name(self, row: int) -> tuple[str, int]:
         return self._names[row], self._lines[row]
-
-
-def words(text: str) -> list[str]:
-    """The words of a text: runs of letters, digits and underscores, case folded."""
-    return _WORD.findall(normal_text(text))
-
-
-def ngrams(text: str, n: int) -> np.ndarray:
-    """Hashes of the runs of n words, uint64; of a shorter text one hash of all of it, which no longer text's runs have."""
-    found = words(text)
-    if not found:
-        return np.zeros(0, dtype=np.uint64)
-    codes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in found], dtype=np.uint64)
-    size = min(n, len(codes))
-    runs = np.lib.stride_tricks.sliding_window_view(codes, size)
-    out = np.full(len(runs), size, dtype=np.uint64)
-    for k in range(size):
-        out = (out ^ runs[:, k]) * _BASE
-        out ^= out >> np.uint64(29)
-    return out
 
 
 def _share(met: int, rows: int) -> dict[str, Any]:
