@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
@@ -73,7 +74,11 @@ class Deduplicate(Operation):
         return record.messages if self.by == "conversation" else record.messages[:-1]
 
     def _key(self, record: Record) -> bytes:
-        return hashlib.blake2b(content_key(self._messages(record)).encode(), digest_size=16).digest()
+        # a row that no operation has rendered yet is what its columns say
+        content = content_key(self._messages(record)) if record.messages else json.dumps(record.fields, sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
     def _text(self, record: Record) -> str:
+        if not record.messages:
+            return json.dumps(record.fields, ensure_ascii=False)
         return "\n".join(message["content"] for message in self._messages(record))
