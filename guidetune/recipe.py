@@ -291,7 +291,10 @@ class Data(Section):
     )
     cut_answer: bool = Field(False, description="Cut the tail of an answer that alone is too long (else such a row is dropped).")
     max_dropped: int | float | None = Field(
-        None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
+        None,
+        ge=0,
+        description="Refuse when more rows are dropped (but for those an operation was asked to leave out): a number of rows, "
+        "or a share of them when it has a decimal point.",
     )
 
 

@@ -63,7 +63,10 @@ class PrepareSettings(BaseModel):
     )
     cut_answer: bool = Field(False, description="Cut the tail of an answer that alone is too long (else such a row is dropped).")
     max_dropped: int | float | None = Field(
-        None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
+        None,
+        ge=0,
+        description="Refuse when more rows are dropped (but for those an operation was asked to leave out): a number of rows, "
+        "or a share of them when it has a decimal point.",
     )
     seed: int = Field(42, description="Seed of the operations.")
     loss_on: LossOn = Field(
@@ -366,7 +369,7 @@ def _operate(
         raise RunFailed(f"operation {step.name!r} leaves scratch files behind: {', '.join(leftovers)}")
     scratch.rmdir()
     numbers = {"in": rows.count, "made": made, "dropped": dict(dropped.most_common()), "out": kept, "sources": dict(sources)}
-    account.append({"method": step.name, **numbers, "facts": facts, "examples": examples})
+    account.append({"method": step.name, "chooses": step.chooses, **numbers, "facts": facts, "examples": examples})
 
 
 def _change(before: Record, after: Record) -> list[dict[str, Any]]:
@@ -493,13 +496,19 @@ def _check_totals(totals: dict[str, Any], specs: list[SourceSpec], names: list[s
             problems.append(f"{spec.path}: all {tally['read']} rows are dropped: {_reasons(tally['dropped'], totals['examples'])}")
     if not totals["used"]:
         raise BadInput(problems or ["no rows are left to train on"])
-    dropped = sum(totals["dropped"].values())
+    dropped = faults(totals)
     limit = settings.max_dropped
     if limit is not None and dropped > (limit * (totals["read"] + totals["made"]) if isinstance(limit, float) else limit):
         raise BadInput(
             f"{dropped} of {totals['read'] + totals['made']} rows are dropped, more than max_dropped {limit}: "
             f"{_reasons(totals['dropped'], totals['examples'])}; mend the rows or raise max_dropped"
         )
+
+
+def faults(totals: Mapping[str, Any]) -> int:
+    """Dropped rows but for those that an operation was asked to leave out."""
+    aimed = sum(sum(part["dropped"].values()) for part in totals.get("operations", []) if part.get("chooses"))
+    return sum(totals["dropped"].values()) - aimed
 
 
 def _reasons(dropped: dict[str, int], examples: dict[str, list[dict[str, Any]]]) -> str:

@@ -41,6 +41,7 @@ class Deduplicate(Operation):
         "conversation", description="What must be equal: the whole conversation, or all of it before the last answer."
     )
 
+    chooses = True
     streams = True
 
     near: Near | None = Field(

@@ -47,6 +47,8 @@ class Mix(Operation):
     tokens: int | None = Field(None, gt=0, description="Budget in tokens, as the rows will be encoded.")
     stop: Literal["first", "all"] = Field("first", description="Without a budget: stop when the first member, or the last, is used up.")
 
+    chooses = True
+
     @model_validator(mode="after")
     def _makes_sense(self) -> Mix:
         if self.rows is not None and self.tokens is not None:

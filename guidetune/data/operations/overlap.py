@@ -34,6 +34,8 @@ class Overlap(Operation):
     on_hit: Literal["refuse", "drop", "report"] = Field("refuse", description="What to do with rows that leak.")
     texts: list[str] = Field(["user", "assistant"], min_length=1, description="What is compared: user, assistant (all turns), or columns.")
 
+    chooses = True
+
     def columns(self) -> set[str]:
         return {column_of(name) for name in self.texts}
 

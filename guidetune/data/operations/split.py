@@ -46,6 +46,8 @@ class Split(Operation):
     category: str = Field("category", description="Column of the category.")
     task: str = Field("task", description="Column of the task.")
 
+    chooses = True
+
     @model_validator(mode="after")
     def _makes_sense(self) -> Split:
         rest = [name for name, size in self.sizes.items() if size == "rest"]
