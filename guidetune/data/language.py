@@ -42,7 +42,7 @@ def language_of(text: str) -> str:
     """A language code, a script where its languages are not told apart, `none` for a text without letters.
 
     Kana anywhere mean `ja`; Han without them `zh`. Of the languages in Latin letters the one with most common words, `Latin` when
-    two are level or none has one.
+    two are level or none has two.
     """
     text = text[:_CUT]
     if text.isascii():
@@ -58,4 +58,4 @@ def language_of(text: str) -> str:
         return script
     found = Counter(word.lower() for word in _WORD.findall(text))
     votes = sorted(((sum(found[word] for word in common), name) for name, common in _COMMON.items()), reverse=True)
-    return votes[0][1] if votes[0][0] > votes[1][0] else "Latin"
+    return votes[0][1] if votes[0][0] > max(1, votes[1][0]) else "Latin"
