@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guidetune import registry
+from guidetune import recipe, registry
 from guidetune.data.prepare import COLUMNS, PrepareSettings, prepare, read_records
 from guidetune.data.records import Record
 from guidetune.data.rows import EncodedRows
@@ -44,6 +46,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "split": [{"sizes": {"test": 0.3, "train": "rest"}}, {"sizes": {"test": 2, "train": "rest"}, "per": "source", "shuffled": True}],
     "template": [{"templates": _TEMPLATES}, {"templates": _TEMPLATES, "choose": "all", "cap": 7}],
 }  # fmt: skip
+_NOT_HERE: set[str] = set()  # operations with an example on another page
 CASES = [(name, options) for name in EVERY for options in SETTINGS.get(name, [{}])]
 
 
@@ -280,3 +283,10 @@ def test_what_is_learnt(place: Path) -> None:
     whole = chat.render(talk).rstrip("\n")
     assert whole.endswith(learnt("all")) and len(learnt("all")) > len(whole) - 15
     assert learnt("all", "target") == "second<|im_end|>"
+
+
+def test_the_examples_of_the_docs_can_be_written_so() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?m)^    - (?:\{method: .*|method: .*(?:\n      .*)*)", text)
+    built = [registry.build("operation", spec) for block in blocks for spec in yaml.load(block, recipe._Loader)]
+    assert {step.name for step in built} == set(EVERY) - _NOT_HERE
