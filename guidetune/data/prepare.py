@@ -8,7 +8,7 @@ import json
 import marshal
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
@@ -154,7 +154,9 @@ def _build(
         stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, wanted, rendered)
         for number, step in enumerate(steps):
             place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work}
-            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place)
+            # columns that only this operation reads, and nobody after it, go with it
+            later = {*kept_columns}.union(*(after.columns() for after in steps[number + 1 :]))
+            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place, step.columns() - later)
         for chunk in _chunks(stream):
             kept, encoded, cuts = _fitting(chunk, chat, settings, drop, aims)
             if kept:
@@ -325,10 +327,11 @@ def _operate(
     ledger: Ledger,
     account: list[dict[str, Any]],
     place: Mapping[str, Any],
+    spent: Set[str] = frozenset(),
 ) -> Iterator[Record]:
     """Run one operation and check that it accounts for every row; what it did is added to `account`.
 
-    Its rows are kept on disk, in the folder `scratch`, unless one pass over them is enough for it.
+    Its rows are kept on disk, in the folder `scratch`, unless one pass over them is enough for it. Columns that are `spent` go.
     """
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
@@ -356,6 +359,8 @@ def _operate(
         sources[record.source] += 1
         if len(examples) < _EXAMPLES and (before := rows.first.get(record.id) or rows.first.get(record.id.rpartition("~")[0])) is not None:
             examples += _change(before, record)
+        if spent and not spent.isdisjoint(record.fields):
+            record = replace(record, fields={name: value for name, value in record.fields.items() if name not in spent})
         yield record
     out = sum(dropped.values())
     if kept + out != rows.count + made:
