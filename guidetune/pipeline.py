@@ -677,18 +677,20 @@ class _Job:
             max_dropped=data.max_dropped,
             seed=arm.seed,
             keep=sorted({column for scorer in _scorers(arm).values() for column in scorer.columns}) if split == "train" else [],
+            loss_on=data.loss_on,
         )
-        key = fingerprint([split, [s.model_dump(mode="json") for s in specs], [o.spec() for o in data.operations], settings])
+        operations = [o for o in data.operations if split == "train" or getattr(o, "renders", False)]
+        key = fingerprint([split, [s.model_dump(mode="json") for s in specs], [o.spec() for o in operations], settings])
         if key not in self._rows:
             folder = self._place(self.out / ("data" if split == "train" else "validation"), key)
-            operations = data.operations if split == "train" else []
             group = _group()
             done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root, self.recipe.models.model_dump()))
             if split == "train" and group.main and not self.ordered:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
                 _say_ledger(done)
-                self._warn_of_leaks(done.path)
+            if split == "train" and not self.ordered:
+                group.agreed(lambda: self._warn_of_leaks(done.path, data.leaks) if group.main else None)
             # every process maps the file itself: rows are never sent
             self._rows[key] = (done.path, group.agreed(lambda: EncodedRows.open(done.path)))
         return self._rows[key]
@@ -701,8 +703,8 @@ class _Job:
             self._places[place] = folder.with_name(f"{folder.name}-{key[:8]}") if taken else folder
         return self._places[place]
 
-    def _warn_of_leaks(self, folder: Path) -> None:
-        """Say so when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
+    def _warn_of_leaks(self, folder: Path, leaks_are: str) -> None:
+        """Say so, or stop, when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
         from guidetune.data.prepare import leaks
 
         asked = [m["content"] for items in self._plans.values() for p in items for i in p.items for m in i.messages if m["role"] == "user"]
@@ -710,7 +712,10 @@ class _Job:
         self.ledger["leaks"] = found.rows
         if found.rows:
             some = ", ".join(leak.id for leak in found.examples)
-            say(f"warning: {found.rows:,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two")
+            text = f"{found.rows:,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two"
+            if leaks_are == "refuse":
+                raise BadInput(f"{text}, or set data.leaks: warn")
+            say(f"warning: {text}")
 
     def _max_length(self, arm: Recipe) -> int:
         """The recipe's limit, or the model's context where that is shorter."""

@@ -38,7 +38,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from guidetune import registry
-from guidetune.data.sources import WORLD, SourceSpec, locate
+from guidetune.data.sources import WORLD, LossOn, SourceSpec, locate
 from guidetune.engine.settings import TuneSettings
 from guidetune.errors import BadInput
 
@@ -279,9 +279,17 @@ class Data(Section):
 
     train: list[Source] = Field(min_length=1, description="Sources of training rows.")
     validation: list[Source] = Field([], description="Sources of held-out rows; their loss is reported during tuning.")
-    operations: list[Operation] = Field([], description="Methods applied to the rows in this order (selection, mixing, synthesis).")
+    operations: list[Operation] = Field(
+        [], description="Methods applied to the rows in this order; those that render rows (template, …) to validation rows too."
+    )
     scores: dict[str, Scorer] = Field(
         {}, description="Numbers for each prepared row, name -> method (kind scorer): what tune.phases divides by; docs/phased.md."
+    )
+    loss_on: LossOn = Field(
+        "assistant", description="Tokens that are learnt: of every assistant turn, of the last one (target), or all up to its end."
+    )
+    leaks: Literal["warn", "refuse"] = Field(
+        "warn", description="When training rows have a prompt that the evaluation asks: say so, or refuse to go on."
     )
     max_length: int | None = Field(None, ge=8, description="Longest row in tokens; another place to write tune.max_length.")
     over_length: Literal["cut", "drop", "refuse"] = Field(
@@ -289,7 +297,10 @@ class Data(Section):
     )
     cut_answer: bool = Field(False, description="Cut the tail of an answer that alone is too long (else such a row is dropped).")
     max_dropped: int | float | None = Field(
-        None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
+        None,
+        ge=0,
+        description="Refuse when more rows are dropped (but for those an operation was asked to leave out): a number of rows, "
+        "or a share of them when it has a decimal point.",
     )
 
 

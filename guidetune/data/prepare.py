@@ -6,8 +6,9 @@ import gc
 import hashlib
 import json
 import marshal
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
@@ -63,7 +64,10 @@ class PrepareSettings(BaseModel):
     )
     cut_answer: bool = Field(False, description="Cut the tail of an answer that alone is too long (else such a row is dropped).")
     max_dropped: int | float | None = Field(
-        None, ge=0, description="Refuse when more rows are dropped: a number of rows, or a share of them when it has a decimal point."
+        None,
+        ge=0,
+        description="Refuse when more rows are dropped (but for those an operation was asked to leave out): a number of rows, "
+        "or a share of them when it has a decimal point.",
     )
     seed: int = Field(42, description="Seed of the operations.")
     keep: list[str] = Field([], description="Columns and scores of the rows that stay beside them, for scorers.")
@@ -165,7 +169,9 @@ def _build(
         stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, sorted(read), rendered)
         for number, step in enumerate(steps):
             place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work, "models": models}
-            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place)
+            # columns that only this operation reads, and nobody after it, go with it
+            later = {*kept_columns, *map(records.column_of, settings.keep)}.union(*(after.columns() for after in steps[number + 1 :]))
+            stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place, step.columns() - later)
         for chunk in _chunks(stream):
             kept, encoded, cuts = _fitting(chunk, chat, settings, drop, aims)
             if kept:
@@ -174,8 +180,8 @@ def _build(
             pa.default_memory_pool().release_unused()  # what Arrow's allocator keeps for later grows with time, for no gain in speed
         totals = ledger.finish(template=chat.facts, max_length=settings.max_length, operations=account)
     _keep_tokenizer(chat, work)
-    for spool in work.glob(".step*"):
-        spool.unlink()
+    for scratch in work.glob(".step*"):
+        shutil.rmtree(scratch)
     if too_long:
         shown = too_long + ([f"and {count - _SHOWN} more"] if count > _SHOWN else [])
         raise BadInput(
@@ -331,17 +337,20 @@ def _records(
 def _operate(
     step: Operation,
     stream: Iterable[Record],
-    spool: Path,
+    scratch: Path,
     seed: int,
     ledger: Ledger,
     account: list[dict[str, Any]],
     place: Mapping[str, Any],
+    spent: Set[str] = frozenset(),
 ) -> Iterator[Record]:
     """Run one operation and check that it accounts for every row; what it did is added to `account`.
 
-    Its rows are kept on disk, unless one pass over them is enough for it.
+    Its rows are kept on disk, in the folder `scratch`, unless one pass over them is enough for it. Columns that are `spent` go.
     """
-    rows: _Spool | _Once = _Once(stream) if step.streams else _Spool(spool)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir()
+    rows: _Spool | _Once = _Once(stream) if step.streams else _Spool(scratch / ".rows")
     if isinstance(rows, _Spool):
         rows.fill(stream)
     dropped: Counter[str] = Counter()
@@ -359,21 +368,28 @@ def _operate(
         ledger.made(record.source)
 
     examples: list[dict[str, Any]] = []
-    context = OperationContext(seed, drop, spool.parent, note=facts.update, copied=copied, **place)
+    context = OperationContext(seed, drop, scratch, note=facts.update, copied=copied, **place)
     for record in step.apply(rows, context):
         kept += 1
         sources[record.source] += 1
         if len(examples) < _EXAMPLES and (before := rows.first.get(record.id) or rows.first.get(record.id.rpartition("~")[0])) is not None:
             examples += _change(before, record)
+        if spent and not spent.isdisjoint(record.fields):
+            record = replace(record, fields={name: value for name, value in record.fields.items() if name not in spent})
         yield record
     out = sum(dropped.values())
     if kept + out != rows.count + made:
         raise RunFailed(
             f"operation {step.name!r} got {rows.count} rows and made {made}, kept {kept} and dropped {out}; it must account for all"
         )
-    spool.unlink(missing_ok=True)
+    if isinstance(rows, _Spool):
+        rows.path.unlink()
+    leftovers = sorted(path.name for path in scratch.iterdir())
+    if leftovers:
+        raise RunFailed(f"operation {step.name!r} leaves scratch files behind: {', '.join(leftovers)}")
+    scratch.rmdir()
     numbers = {"in": rows.count, "made": made, "dropped": dict(dropped.most_common()), "out": kept, "sources": dict(sources)}
-    account.append({"method": step.name, **numbers, "facts": facts, "examples": examples})
+    account.append({"method": step.name, "chooses": step.chooses, **numbers, "facts": facts, "examples": examples})
 
 
 def _change(before: Record, after: Record) -> list[dict[str, Any]]:
@@ -500,13 +516,19 @@ def _check_totals(totals: dict[str, Any], specs: list[SourceSpec], names: list[s
             problems.append(f"{spec.path}: all {tally['read']} rows are dropped: {_reasons(tally['dropped'], totals['examples'])}")
     if not totals["used"]:
         raise BadInput(problems or ["no rows are left to train on"])
-    dropped = sum(totals["dropped"].values())
+    dropped = faults(totals)
     limit = settings.max_dropped
     if limit is not None and dropped > (limit * (totals["read"] + totals["made"]) if isinstance(limit, float) else limit):
         raise BadInput(
             f"{dropped} of {totals['read'] + totals['made']} rows are dropped, more than max_dropped {limit}: "
             f"{_reasons(totals['dropped'], totals['examples'])}; mend the rows or raise max_dropped"
         )
+
+
+def faults(totals: Mapping[str, Any]) -> int:
+    """Dropped rows but for those that an operation was asked to leave out."""
+    aimed = sum(sum(part["dropped"].values()) for part in totals.get("operations", []) if part.get("chooses"))
+    return sum(totals["dropped"].values()) - aimed
 
 
 def _reasons(dropped: dict[str, int], examples: dict[str, list[dict[str, Any]]]) -> str:

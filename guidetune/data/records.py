@@ -98,13 +98,13 @@ class Record:
         """
         if name in self.scores:
             return self.scores[name]
+        if name in _PLAIN_ROLES and self.messages:  # what the row says now, not a column of that name it was made from
+            turns = self.messages if name == "system" else self.messages[::-1]
+            return next((m["content"] for m in turns if m["role"] == name), None)
         if name in self.fields:
             return self.fields[name]
         if name in _OWN:
             return getattr(self, name)
-        if name in _PLAIN_ROLES:
-            turns = self.messages if name == "system" else self.messages[::-1]
-            return next((m["content"] for m in turns if m["role"] == name), None)
         return self.meta[name] if name in self.meta else _lookup(self.fields, name)
 
     def kept(self) -> tuple[Any, ...]:

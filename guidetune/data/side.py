@@ -187,6 +187,16 @@ class SideTable:
             self._numbers[column] = (data.cast(pa.float64()).fill_null(0.0).to_numpy(), present)
         return self._numbers[column]
 
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column in the table's order, one row group after another.
+
+        Raises:
+            BadInput: there is no such column.
+        """
+        self._type(name)
+        for batch in self._file.iter_batches(GROUP_ROWS, columns=[name]):
+            yield from batch.column(0).to_pylist()
+
     def values(self, column: str, ids: Sequence[str]) -> list[Any]:
         """The values of a column for ids, in their order; None where the id or the value is missing.
 

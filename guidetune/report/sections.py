@@ -464,7 +464,7 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         dropped = mapping(part.get("dropped"))
         return {
             "name": name,
-            **{key: part.get(key) for key in ("read", "used", "cut")},
+            **{key: part.get(key) for key in ("read", "made", "used", "cut")},
             "dropped": sum(numbers.finite(n) or 0 for n in dropped.values()),
         }
 
@@ -481,7 +481,9 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         (_words(key), value) for key in ("tokens_cut", "appended_eos", "trimmed_turns") if (value := numbers.finite(ledger.get(key)))
     ]
     read, used = numbers.finite(ledger.get("read")), numbers.finite(ledger.get("used"))
+    made = numbers.finite(ledger.get("made")) or 0
     total = row("all", ledger)
+    steps = [mapping(step) for step in ledger.get("operations") or []]
     return {
         "sources": [row(str(name), mapping(part)) for name, part in mapping(ledger.get("sources")).items()],
         "total": total,
@@ -492,7 +494,16 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         "supervised": ledger.get("supervised_tokens"),
         "stops": ledger.get("ends_with_stop"),
         "used": used,
-        "unaccounted": None if read is None or used is None else int(read - used - total["dropped"]),
+        "unaccounted": None if read is None or used is None else int(read + made - used - total["dropped"]),
+        "made": made,
+        "operations": [
+            {
+                "name": str(step.get("method")),
+                **{key: step.get(key) for key in ("in", "made", "out")},
+                "dropped": sum(numbers.finite(n) or 0 for n in mapping(step.get("dropped")).values()),
+            }
+            for step in steps
+        ],
     }
 
 

@@ -61,6 +61,8 @@ class Operation(Method):
     on rows of another source unless that is the point. Random draws come from (seed, purpose, row id).
     """
 
+    chooses: ClassVar[bool] = False
+    """Leaving rows out is what it is for: rows that it drops are no fault of theirs."""
     streams: ClassVar[bool] = False
     """One pass over the rows is enough: they are not kept on disk for it."""
     renders: ClassVar[bool] = False

@@ -31,9 +31,8 @@ class Mix(Operation):
     Of N rows member m gives N·p(m), rounded so that they add up; of N tokens it gives rows until N·p(m) tokens are reached. Each row
     of a member comes floor(draws / e) times, and once more if its own number, drawn from (seed, row id), is among the smallest: so
     the choice inside a member depends on no other member's rows. Repeats have the ids `<id>~2`, `<id>~3`, … and stand beside the
-    first; rows that are not drawn are dropped. Without a budget the mix ends with the first member to run out (`stop: first`: no row
-    comes twice beyond the weights' need) or with the last (`all`: every member's capped rows are used up at least once). The ledger
-    has draws and effective epochs (draws / e) of every member.
+    first; rows that are not drawn are dropped. Without a budget the mix ends with the first member to run out (`stop: first`) or with
+    the last (`all`), counting min(e, K) rows of each. The ledger has draws and effective epochs (draws / e) of every member.
     """
 
     weights: Literal["proportional", "equal"] | dict[str, float] = Field(
@@ -47,6 +46,8 @@ class Mix(Operation):
     rows: int | None = Field(None, gt=0, description="Budget in rows.")
     tokens: int | None = Field(None, gt=0, description="Budget in tokens, as the rows will be encoded.")
     stop: Literal["first", "all"] = Field("first", description="Without a budget: stop when the first member, or the last, is used up.")
+
+    chooses = True
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Mix:

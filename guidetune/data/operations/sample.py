@@ -19,6 +19,8 @@ class Sample(Operation):
     n: int | None = Field(None, gt=0, description="Number of rows to keep (all, when there are fewer).")
     fraction: float | None = Field(None, gt=0, le=1, description="Share of the rows to keep; each row is drawn on its own.")
 
+    chooses = True
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Sample:
         if (self.n is None) == (self.fraction is None):

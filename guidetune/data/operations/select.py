@@ -36,6 +36,8 @@ class Select(Operation):
     shuffled: bool = Field(False, description="prefix goes by an order drawn from (seed, row id) in place of the rows' own.")
     missing: Literal["drop", "keep", "refuse"] = Field("drop", description="What to do with rows that have no score.")
 
+    chooses = True
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Select:
         given = [name for name in ("top", "threshold", "fraction", "prefix") if getattr(self, name) is not None]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from guidetune.artefacts import canonical
 from guidetune.data.conditions import Condition, parse
-from guidetune.data.draws import Smallest, number
+from guidetune.data.draws import Numbers, Smallest, number
 from guidetune.data.operations import Operation, OperationContext, Rows
 from guidetune.data.records import Record, column_of, slots
 from guidetune.errors import BadInput
@@ -122,26 +122,26 @@ class Template(Operation):
     def apply(self, rows: Rows, context: OperationContext) -> Iterator[Record]:
         """Renders each row by the templates chosen for it. Memory: with `cap`, 16 bytes per row that may stay."""
         limits: dict[tuple[str, str], Smallest] = {}
+        numbers = Numbers(context.seed, "template")
+        capped = {name: Numbers(context.seed, "template cap", name) for name in self.templates}
         if self.cap is not None:
             for record in rows:
-                for name in self._chosen(record, context.seed)[0]:
-                    place = limits.setdefault((record.source, name), Smallest(self.cap))
-                    place.add(number(context.seed, "template cap", name, record.id))
+                for name in self._chosen(record, context.seed, numbers)[0]:
+                    limits.setdefault((record.source, name), Smallest(self.cap)).add(capped[name].of(record.id))
         most = {key: smallest.limit for key, smallest in limits.items()}
         labels = {name: f"{name}@{one.version}" for name, one in self.templates.items()}
         used: Counter[str] = Counter()
         for record in rows:
-            names, why = self._chosen(record, context.seed)
-            if not names:
+            chosen, why = self._chosen(record, context.seed, numbers)
+            if not chosen:
                 context.drop(record, "no template fits", why)
                 continue
             if most:
-                names = [n for n in names if number(context.seed, "template cap", n, record.id) < most[record.source, n]]
-                if not names:
+                chosen = {n: filled for n, filled in chosen.items() if capped[n].of(record.id) < most[record.source, n]}
+                if not chosen:
                     context.drop(record, "over the template's cap", f"{self.cap} rows per source and template")
                     continue
-            for place, name in enumerate(names):
-                filled = self._fill(name, record, context.seed)
+            for place, (name, filled) in enumerate(chosen.items()):
                 fields = {**record.fields, "template": labels[name]}
                 if filled.golds is not None:
                     fields |= {"references": filled.golds, "gold": filled.gold}
@@ -152,24 +152,25 @@ class Template(Operation):
                     yield replace(record, messages=filled.messages, fields=fields)
         context.note(templates=dict(used.most_common()))
 
-    def _chosen(self, record: Record, seed: int) -> tuple[list[str], str]:
-        """The templates that render a row; when there are none, why."""
-        fitting, why = [], ""
-        for name in self.templates if self.choose in _SPECIAL else [self.choose]:
+    def _chosen(self, record: Record, seed: int, numbers: Numbers) -> tuple[dict[str, _Filled], str]:
+        """The templates that render a row, with what they say; when there are none, why."""
+        names = list(self.templates) if self.choose in _SPECIAL else [self.choose]
+        if self.choose == "random" and len(names) > 1:
+            names = _shuffled(names, numbers.of(record.id))  # the first that fits is one of those that fit, each as likely
+        fitting: dict[str, _Filled] = {}
+        why = ""
+        for name in names:
             condition = self._conditions[name]
             if condition is not None and not condition(record):
                 why = why or f"{name}: not {condition.text}"
                 continue
             try:
-                self._fill(name, record, seed)
+                fitting[name] = self._fill(name, record, seed)
             except _Unfit as unfit:
                 why = f"{name}: {unfit}"
                 continue
-            fitting.append(name)
-            if self.choose == "first":
+            if self.choose != "all":
                 break
-        if self.choose == "random" and len(fitting) > 1:
-            fitting = [fitting[number(seed, "template", record.id) % len(fitting)]]
         return fitting, why
 
     def _fill(self, name: str, record: Record, seed: int) -> _Filled:
@@ -187,6 +188,15 @@ class Template(Operation):
         if isinstance(system, str) and system.strip():
             messages.insert(0, {"role": "system", "content": system})
         return _Filled(messages, golds, gold)
+
+
+def _shuffled(names: list[str], draw: int) -> list[str]:
+    """An order of names from a uniform number."""
+    left, out = list(names), []
+    while left:
+        draw, at = divmod(draw, len(left))
+        out.append(left.pop(at))
+    return out
 
 
 def _rendered(template: str, record: Record, several: tuple[int, str] | None) -> tuple[str, list[str] | None, int | None]:
