@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from guidetune.data.rows import EncodedRows
 
 TOLERANCE = 0.01  # of the tokens: other truncation of a few rows is not another budget
+SHORT_TOLERANCE = 0.1  # of the steps, for those that end a phase
 
 
 @dataclass(frozen=True)
 class Budget:
     """What tuning goes through in all its steps; a row seen in two epochs counts twice.
 
-    `short`: steps that were cut short by the end of an epoch or a phase; so many steps more or fewer are no other budget.
+    `short`: steps that were cut short by the end of an epoch or a phase.
     """
 
     supervised_tokens: int
@@ -55,7 +56,7 @@ def total(parts: Iterable[Budget]) -> Budget:
 def differences(budgets: Mapping[str, Budget]) -> list[str]:
     """A sentence for each arm whose budget is not that of the first one: other rows, tokens more than 1 % apart, or other steps.
 
-    Equal rows in phases make a few steps more than at once, for each phase ends with a batch of its own: these do not count.
+    Equal rows in phases make a few steps more than at once, for each phase ends with a batch of its own: these do not count up to a tenth.
     """
     found = []
     first = next(iter(budgets), None)
@@ -63,9 +64,8 @@ def differences(budgets: Mapping[str, Budget]) -> list[str]:
         assert first is not None
         common = budgets[first]
         apart = [] if own.rows == common.rows else [f"{own.rows:,} rows instead of {common.rows:,}"]
-        apart += (
-            [] if abs(own.steps - common.steps) <= abs(own.short - common.short) else [f"{own.steps:,} steps instead of {common.steps:,}"]
-        )
+        allowed = min(abs(own.short - common.short), SHORT_TOLERANCE * common.steps)
+        apart += [] if abs(own.steps - common.steps) <= allowed else [f"{own.steps:,} steps instead of {common.steps:,}"]
         if abs(own.supervised_tokens - common.supervised_tokens) > TOLERANCE * common.supervised_tokens:
             apart.append(f"{own.supervised_tokens:,} supervised tokens instead of {common.supervised_tokens:,}")
         if apart:

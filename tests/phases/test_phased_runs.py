@@ -192,11 +192,10 @@ arms:
   longer: {from: phased, tune.phases.epochs: [1, 1, 2]}
 """
     (place / "recipe.yaml").write_text((place / "recipe.yaml").read_text() + arms)
-    # 24 rows in batches of 7: four steps at once, six in three phases of eight
-    recipe = load(place / "recipe.yaml", ["tune.epochs=1", "tune.batch=7", "data.validation=[]"])
+    recipe = load(place / "recipe.yaml", ["tune.epochs=1", "tune.batch=4", "data.validation=[]"])
     out = pipeline.compare(recipe, ["phased", "one-off", "reversed"], place / "runs/c")
     found = results(out)
-    assert found["budget_equal"] and [b["steps"] for b in found["budget"].values()] == [6, 4, 6]
+    assert found["budget_equal"] and [b["steps"] for b in found["budget"].values()] == [6, 6, 6]
     assert {(b["rows"], b["supervised_tokens"]) for b in found["budget"].values()} == {(24, found["ledger"]["supervised_tokens"])}
     for name, arm in found["arms"].items():
         assert arm["status"] == "ok" and found["budget"][name]["steps"] == arm["tune"]["steps"] == arm["cost"]["steps"]
@@ -224,7 +223,7 @@ arms:
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     pipeline.compare(recipe, ["phased", "one-off", "reversed"], out)
     assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    with pytest.raises(BadInput, match="arm longer has 32 rows instead of 24"):
+    with pytest.raises(BadInput, match="arm longer has 32 rows instead of 24, 8 steps instead of 6"):
         pipeline.compare(recipe, ["phased", "longer"], place / "runs/d")
 
 
