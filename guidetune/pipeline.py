@@ -875,7 +875,8 @@ class _Job:
         total, before = sum(phase.steps for phase in phases), 0
         done: list[StageResult] = []
         for place, phase in enumerate(phases, 1):
-            say(f"phase {place} of {len(phases)} ({phase.name}): {len(phase.rows):,} rows, {phase.steps:,} steps", level=0)
+            known = finished(folder / "phases" / str(place) / "adapter") is not None
+            say(f"phase {place} of {len(phases)} ({phase.name}): {len(phase.rows):,} rows, {phase.steps:,} steps", level=int(known))
             changed = {name: getattr(phase.settings, name) for name in ("lr", "epochs", "seed")}
             one = _Tuning(
                 whole.rows.take(phase.rows),
