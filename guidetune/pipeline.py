@@ -737,7 +737,7 @@ class _Job:
 
         scorer = _scorers(arm)[name]
         folder, rows = self.prepare(arm)
-        tokens = max([arm.guide.batch_tokens, *(self._guide_tokens(arm, model) for model in scorer.models)])
+        tokens = min([arm.guide.batch_tokens, *(self._guide_tokens(arm, model) for model in scorer.models)])
         stores: dict[str, Guidance] = {teacher: self.guide(arm, teacher) for teacher in scorer.teachers}
         key = {
             "stage": "score",

@@ -41,15 +41,14 @@ def tokens(rows: Sequence[Row], name: str, handle: ModelHandle, context: ScoreCo
 
     A model without a chat template reads prompt, newline, answer and end of sequence.
     """
-    from guidetune.data.chat import Chat, Refused
-    from guidetune.models.fingerprints import tokenizer_digest
+    from guidetune.data.chat import Refused
 
     found: list[Tokens | NoScore] = []
-    if name in ("base", "instruct") or tokenizer_digest(handle.tokenizer) == tokenizer_digest(context.chat.tokenizer):
+    if name in ("base", "instruct") or _alike(handle.tokenizer, context.chat.tokenizer):
         chat = context.chat
         encoded: list[tuple[list[int], list[int]] | NoScore] = [(row.input_ids.tolist(), row.targets.tolist()) for row in rows]
     else:
-        chat = handle.chat or Chat(handle.tokenizer, "plain")
+        chat = handle.chat or _plain(handle.tokenizer)
         encoded = [
             NoScore(f"its own tokenizer: {one.reason}")
             if isinstance(one, Refused)
@@ -78,6 +77,21 @@ def mean_nll(model: Any, parts: Sequence[tuple[list[int], list[int]]], batch_tok
 
     found = target_log_probs(model, [ids for ids, _ in parts], [targets for _, targets in parts], batch_tokens=batch_tokens)
     return [float(-np.mean(one, dtype=np.float64)) for one in found]
+
+
+@lru_cache(maxsize=4)
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same tokens; asked anew for every window of rows, and slow to say."""
+    from guidetune.models.fingerprints import tokenizer_digest
+
+    return tokenizer_digest(one) == tokenizer_digest(other)
+
+
+@lru_cache(maxsize=2)
+def _plain(tokenizer: Any) -> Any:
+    from guidetune.data.chat import Chat
+
+    return Chat(tokenizer, "plain")
 
 
 @lru_cache(maxsize=4)
