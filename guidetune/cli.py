@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from guidetune import processes, threads
 from guidetune.errors import BadInput, RunFailed
@@ -30,6 +31,25 @@ app = typer.Typer(
 )
 world_app = typer.Typer(help="The embedded world: a small base/instruct pair and its tasks.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(world_app, name="world")
+
+
+class _PlanOrVerb(TyperGroup):
+    """`merge PLAN` beside `merge diff A B`: what is no verb of the group goes to `write`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["write", *args]
+        return super().parse_args(ctx, args)
+
+
+merge_app = typer.Typer(
+    cls=_PlanOrVerb,
+    help="Write a model from adapters and models: `guidetune merge PLAN.yaml --out DIR` (short for `merge write`, whose --help has the "
+    "options). Or compare two models, or turn one into an adapter.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(merge_app, name="merge")
 runs_app = typer.Typer(help="What was run here, and how it ended.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 
@@ -413,7 +433,7 @@ def report(
 # Models
 
 
-@app.command()
+@merge_app.command("write")
 @verb
 def merge(
     plan: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="A merge plan (YAML).", show_default=False)] = None,
@@ -425,7 +445,7 @@ def merge(
     verify: Annotated[str, typer.Option("--verify", help="full, weights, none; auto: full up to 2 GB.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what a PLAN would do, and write nothing.")] = False,
 ) -> None:
-    """Write a model from adapters and models."""
+    """Write a model from a plan (docs/merge.md), or from one adapter and the model that receives it."""
     problems = []
     if (plan is None) == (adapter is None):
         problems.append("merge: give either a PLAN or --adapter DIR --into MODEL")
@@ -452,7 +472,55 @@ def merge(
         from guidetune.weightspace.apply import transfer
 
         result = transfer(adapter, into, out, scale=scale, dtype=dtype, verify=verify)
-    print(f"model: {getattr(result, 'path', None) or out}")
+    print(f"{'adapter' if (result.path / 'adapter_config.json').is_file() else 'model'}: {result.path}")
+
+
+@merge_app.command("diff")
+@verb
+def merge_diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model: folder, hub id, world: name or adapter folder.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare it with.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", metavar="M", help="Compare the changes A - M and B - M instead.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write a page with plots, diff.json and CSV files.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers of every tensor.")] = None,
+    rank: Annotated[
+        str, typer.Option("--rank", help="Effective rank of: exact (every matrix), auto (smaller side up to 4,096), none (fastest).")
+    ] = "auto",
+) -> None:
+    """How two models differ, by tensor, layer and kind of module: norms, cosine, signs, effective rank."""
+    from guidetune.artefacts import write_json
+    from guidetune.report import differences
+    from guidetune.weightspace.diff import compare
+
+    found = compare(a, b, base, rank)  # type: ignore[arg-type]
+    for table in differences.tables(found):
+        _print(table)
+    if json_file is not None:
+        write_json(json_file, found.as_dict())
+    if out is not None:
+        print(f"page: {differences.write(found, out)}")
+
+
+@merge_app.command("extract")
+@verb
+def merge_extract(
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The tuned model.", show_default=False)],
+    base: Annotated[str, typer.Option("--of", metavar="BASE", help="The model it was tuned from, which the adapter will belong to.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapter.")],
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of every module; with --energy the largest one.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Smallest rank that keeps this share of the squared change.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the written factors: float32, bfloat16 or float16.")] = "float32",
+    save_modules: Annotated[
+        bool, typer.Option("--save-modules", help="Store changed norms and embeddings whole beside the factors.")
+    ] = False,
+) -> None:
+    """Turn a tuned model into a LoRA adapter for its base, by SVD of every linear module's change."""
+    from guidetune.report import differences
+    from guidetune.weightspace.adapters import extract
+
+    done = extract(tuned, base, out, rank, energy, dtype, save_modules)
+    _print(differences.extracted(done.result))
+    print(f"adapter: {done.path}")
 
 
 @app.command("eval")

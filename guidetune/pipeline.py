@@ -214,12 +214,6 @@ def _execute(kind: str, recipe: Recipe, arms: Mapping[str, Recipe], out: Path, h
     return out
 
 
-def _again(arm: Recipe, k: int) -> Recipe:
-    """The arm with its k-th further seed."""
-    assert arm.tune is not None
-    return arm.model_copy(update={"tune": arm.tune.model_copy(update={"seed": arm.tune.seed + k})})
-
-
 def _try(work: Callable[[], dict[str, Any]], failed: list[str], name: str, arm: Recipe) -> dict[str, Any]:
     """The results of one arm, or the reason why it has none. Ctrl-C still stops everything."""
     from guidetune.engine.distributed import everywhere
@@ -271,6 +265,7 @@ class _Job:
     kind: str
     ordered: bool = False  # one arm, at the order of another process, which has said everything about the data
     ledger: dict[str, Any] = field(default_factory=dict)
+    _ledgers: list[dict[str, Any]] = field(default_factory=list)  # of the recipe's several tasks
     guidance: dict[str, Any] = field(default_factory=dict)
     pair: dict[str, Any] = field(default_factory=dict)
     _chat: Chat | None = None
@@ -311,10 +306,11 @@ class _Job:
             )
         for arm in arms.values():
             try:
-                if arm.tune is not None and arm.data.validation:
-                    self.prepare(arm, "validation")
-                for teacher in _teachers(arm):
-                    self.guide(arm, teacher)
+                for part in arm.parts.values():
+                    if part.data.validation:
+                        self.prepare(part, "validation")
+                    for teacher in _teachers(part):
+                        self.guide(part, teacher)
             except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
                 pass  # the arm will meet the same error and report it as its own
         at_a_time, share = self._room(arms, how.jobs)
@@ -338,7 +334,7 @@ class _Job:
                 "told": sorted(self._told),
             }
             # arms that tune alike go one after the other: the second one finds the work done
-            return jobs.Order(label, spec, alike=fingerprint([spec["recipe"][part] for part in ("data", "guide", "tune")]))
+            return jobs.Order(label, spec, alike=fingerprint([spec["recipe"][part] for part in ("data", "guide", "tune", "tasks")]))
 
         def result(done: jobs.Done, label: str, arm: Recipe) -> dict[str, Any]:
             return done.entry if done.entry is not None else _failure(done.error, failed, label, arm)
@@ -377,8 +373,8 @@ class _Job:
         before = self._limit
         self._limit = (budget, True)  # strict: what does not fit is refused
         try:
-            if arm.tune is not None:
-                self._tune_settings(arm, tell=False)
+            for part in arm.parts.values():
+                self._tune_settings(part, tell=False)
             self._evaluate_tokens(arm)
         except BadInput:
             return False
@@ -412,7 +408,8 @@ class _Job:
                     attempt(lambda arm=arm, group=group: self._plan(arm, group))
             for teacher in _teachers(arm):
                 attempt(lambda teacher=teacher: self._resolve(teacher))
-            attempt(lambda arm=arm: _check_bits(arm))
+            for part in arm.parts.values():
+                attempt(lambda part=part: _check_bits(part))
             if how.scales:
                 attempt(lambda arm=arm: self._sweep_plan(arm, how))
         _group().agree(BadInput(problems) if problems else None)
@@ -451,10 +448,10 @@ class _Job:
         problems: list[str] = []
         for arm in arms.values():
             try:
-                for teacher in _teachers(arm):
-                    self._guide_tokens(arm, teacher)
-                if arm.tune is not None:
-                    self._tune_settings(arm)
+                for part in arm.parts.values():
+                    for teacher in _teachers(part):
+                        self._guide_tokens(part, teacher)
+                    self._tune_settings(part)
                 self._evaluate_tokens(arm)
             except BadInput as error:
                 if self.recipe.max_memory is not None:
@@ -472,12 +469,21 @@ class _Job:
         for name, arm in arms.items():
             if arm.tune is not None:
                 try:
-                    rows = self.prepare(arm)[1]
-                    parts = [(phase.settings, rows.take(phase.rows)) for phase in self.phases(arm)] if arm.tune.phases else []
-                    found[name] = budget.total(budget.of(*part) for part in parts or [(arm.tune.settings(), rows)])
+                    found[name] = budget.total(one for part in arm.parts.values() for one in self._budgets_of(part))
                 except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
                     continue
         return found
+
+    def _budgets_of(self, part: Recipe) -> list[Budget]:
+        """The budget of one task of an arm: that of its rows, or of each of its phases."""
+        from guidetune.comparison import budget
+
+        if part.tune is None:
+            return []
+        rows = self.prepare(part)[1]
+        if part.tune.phases is None:
+            return [budget.of(part.tune.settings(), rows)]
+        return [budget.of(phase.settings, rows.take(phase.rows)) for phase in self.phases(part)]
 
     def _budget(self) -> tuple[int | None, bool]:
         """Bytes this process may take in all (on a GPU: of its memory), and whether the user has set them; rank 0's for all."""
@@ -685,12 +691,14 @@ class _Job:
             folder = self._place(self.out / ("data" if split == "train" else "validation"), key)
             group = _group()
             done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root, self.recipe.models.model_dump()))
-            if split == "train" and group.main and not self.ordered:
-                if not self.ledger:
-                    self.ledger = read_json(done.path / "ledger.json")
-                _say_ledger(done)
             if split == "train" and not self.ordered:
-                group.agreed(lambda: self._warn_of_leaks(done.path, data.leaks) if group.main else None)
+                ledger = read_json(done.path / "ledger.json")
+                if group.main:
+                    _say_ledger(done)
+                ledger["leaks"] = group.agreed(lambda: self._warn_of_leaks(done.path, data.leaks) if group.main else 0)
+                self.ledger = self.ledger or ledger
+                if len(self.recipe.parts) > 1 and any(arm.data == task.data for task in self.recipe.parts.values()):
+                    self._ledgers.append(ledger)
             # every process maps the file itself: rows are never sent
             self._rows[key] = (done.path, group.agreed(lambda: EncodedRows.open(done.path)))
         return self._rows[key]
@@ -703,19 +711,19 @@ class _Job:
             self._places[place] = folder.with_name(f"{folder.name}-{key[:8]}") if taken else folder
         return self._places[place]
 
-    def _warn_of_leaks(self, folder: Path, leaks_are: str) -> None:
+    def _warn_of_leaks(self, folder: Path, leaks_are: str) -> int:
         """Say so, or stop, when training rows have a prompt that the evaluation asks: scores on it would measure memory."""
         from guidetune.data.prepare import leaks
 
         asked = [m["content"] for items in self._plans.values() for p in items for i in p.items for m in i.messages if m["role"] == "user"]
         found = leaks(folder, asked)
-        self.ledger["leaks"] = found.rows
         if found.rows:
             some = ", ".join(leak.id for leak in found.examples)
             text = f"{found.rows:,} training rows have a prompt that the evaluation asks ({some}); take them out of one of the two"
             if leaks_are == "refuse":
                 raise BadInput(f"{text}, or set data.leaks: warn")
             say(f"warning: {text}")
+        return found.rows
 
     def _max_length(self, arm: Recipe) -> int:
         """The recipe's limit, or the model's context where that is shorter."""
@@ -832,10 +840,10 @@ class _Job:
 
     def guide_first(self, arms: Mapping[str, Recipe]) -> None:
         """The instruct model's pass before any arm, where some arm needs it: the report sorts every arm's learning signal by it."""
-        for arm in arms.values():
-            if REFERENCE in _teachers(arm):
+        for part in (part for arm in arms.values() for part in arm.parts.values()):
+            if REFERENCE in _teachers(part):
                 try:
-                    self.guide(arm, REFERENCE)
+                    self.guide(part, REFERENCE)
                 except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
                     pass  # the arm that needs it will meet the same error and report it as its own
                 return
@@ -981,8 +989,9 @@ class _Job:
         """A finished adapter of another arm of this run that was made from the same key, unless this one is finished itself."""
         if finished(adapter, key) is not None:
             return None
-        plain = [*self.out.glob("arms/*/adapter"), *self.out.glob("arms/*/seeds/*/adapter"), self.out / "adapter"]
-        others = [*plain, *(part for one in plain for part in one.parent.glob("phases/*/adapter"))]
+        arms = [self.out, *self.out.glob("arms/*"), *self.out.glob("arms/*/seeds/*")]
+        plain = [place for arm in arms for place in (arm, *arm.glob("tasks/*"))]
+        others = [place / "adapter" for one in plain for place in (one, *one.glob("phases/*"))]
         return next((other for other in sorted(others) if other != adapter and finished(other, key) is not None), None)
 
     def _parameters(self, name: str) -> int:
@@ -1005,16 +1014,16 @@ class _Job:
 
     # -- transfer -----------------------------------------------------------------------------------------------------
 
-    def transfer(self, arm: Recipe, adapter: Path, folder: Path) -> StageResult:
-        """A complete model folder: the receiving model plus what was learnt."""
+    def transfer(self, arm: Recipe, adapters: Mapping[str, Path], folder: Path) -> StageResult:
+        """A complete model folder: the receiving model plus what was learnt, of each of the arm's parts."""
         from guidetune.weightspace.apply import transfer
 
         assert arm.tune is not None and arm.transfer is not None
         options = arm.transfer
         trained_on = self._spec(arm.tune.on)
-        _, rows = self.prepare(arm)
+        _, rows = self.prepare(next(iter(arm.parts.values())))
         probes = [rows[i].input_ids.tolist() for i in range(min(8, len(rows)))]
-        delta, scale = self._learnt(arm, adapter, options.scale)
+        delta, scale = self._learnt(arm, adapters, options.scale)
         return _group().once(
             lambda: transfer(
                 delta,
@@ -1030,7 +1039,7 @@ class _Job:
             )
         )
 
-    def _learnt(self, arm: Recipe, adapter: Path, scale: float) -> tuple[Path | Delta, float]:
+    def _learnt(self, arm: Recipe, adapters: Mapping[str, Path], scale: float) -> tuple[Path | Delta, float]:
         """What is added to the receiving model at this scale, and the factor that is still to be applied."""
         from guidetune.models.checkpoint import Checkpoint
         from guidetune.weightspace.merged import Merged, added
@@ -1039,16 +1048,22 @@ class _Job:
 
         assert arm.tune is not None and arm.transfer is not None
         trained_on, into = self._spec(arm.tune.on), self._spec(arm.transfer.into)
+        options, weights = arm.transfer, arm.transfer.tasks or {}
         # a fully tuned model is a folder of its own; what it learnt is its difference to where it started
-        lora = (adapter / "adapter_config.json").is_file()
-        if arm.transfer.into_scale == 1 and arm.transfer.method is None:
-            return (adapter if lora else Delta.difference(adapter, trained_on)), scale
-        learnt = Delta.adapter(adapter, trained_on) if lora else Delta.difference(adapter, trained_on)
-        if (method := arm.transfer.method) is not None:
+        lora = {task: (adapter / "adapter_config.json").is_file() for task, adapter in adapters.items()}
+        if options.into_scale == 1 and options.method is None and len(adapters) == 1:
+            (task, adapter), *_ = adapters.items()
+            return (adapter if lora[task] else Delta.difference(adapter, trained_on)), scale * weights.get(task, 1.0)
+        learnt = [
+            (weights.get(task, 1.0), Delta.adapter(adapter, trained_on) if lora[task] else Delta.difference(adapter, trained_on))
+            for task, adapter in adapters.items()
+        ]
+        if (method := options.method) is not None:
             assert isinstance(method, Preset)
-            return Merged(method, [(1.0, learnt)], Checkpoint(self._resolve(arm.transfer.into).path), arm.seed), scale
+            return Merged(method, learnt, Checkpoint(self._resolve(options.into).path), arm.seed), scale
         # base + a (into - base) + s learnt = into + (a - 1) (into - base) + s learnt
-        return added([(scale, learnt), (arm.transfer.into_scale - 1, Delta.difference(into, trained_on))], into), 1.0
+        apart = [(options.into_scale - 1, Delta.difference(into, trained_on))] if options.into_scale != 1 else []
+        return added([*((scale * weight, delta) for weight, delta in learnt), *apart], into), 1.0
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
@@ -1098,17 +1113,24 @@ class _Job:
         entry["recipe"] = arm.model_dump(mode="json", exclude={"arms"})
         cost: dict[str, Any] = entry["cost"]
         model: str | Path = self._spec("instruct")
+        adapters: dict[str, Path] = {}
         if arm.tune is not None:
-            tuned, spent = self.tune(arm, folder)
-            result = dict(tuned.result)
-            entry["signal"] = result.pop("signal", [])
-            phases = result.pop("phases", None)
-            entry["tune"] = result
-            cost.update(spent, tune_s=tuned.seconds, tokens=result["tokens"], steps=result["steps"], peak_rss_mb=result["peak_rss_mb"])
-            entry["paths"] |= {"adapter": self._relative(tuned.path), "metrics": self._relative(folder / "metrics.jsonl")}
-            model = tuned.path
+            for task, part in arm.parts.items():
+                place = folder / "tasks" / task if task else folder
+                tuned, spent = self.tune(part, place)
+                result = dict(tuned.result)
+                own = entry.setdefault("tasks", {}).setdefault(task, {"paths": {}}) if task else entry
+                own["signal"] = result.pop("signal", [])
+                if (phases := result.pop("phases", None)) is not None:
+                    own["phases"] = phases
+                own["tune"] = result
+                for key, value in {**spent, "tune_s": tuned.seconds, "tokens": result["tokens"], "steps": result["steps"]}.items():
+                    cost[key] = cost.get(key, 0) + value
+                cost["peak_rss_mb"] = max(cost.get("peak_rss_mb", 0), result["peak_rss_mb"])
+                own["paths"] |= {"adapter": self._relative(tuned.path), "metrics": self._relative(place / "metrics.jsonl")}
+                model = adapters[task] = tuned.path
             if arm.transfer is not None:
-                moved = self.transfer(arm, tuned.path, folder)
+                moved = self.transfer(arm, adapters, folder)
                 entry["transfer"] = {k: v for k, v in moved.result.items() if k != "tensors"}
                 entry["paths"]["model"] = self._relative(moved.path)
                 cost["transfer_s"] = moved.seconds
@@ -1121,11 +1143,11 @@ class _Job:
         entry["paths"]["evaluation"] = self._relative(folder / "evaluation")
         for group in ("task", "general"):
             entry[f"{group}_mean"] = _mean([t["score"] for t in scores[group].values() if t.get("higher_is_better", True)])
-        if arm.tune is not None and phases is not None:
+        if (phases := entry.get("phases")) is not None:
             entry["phases"] = self._after_phases(arm, phases, folder, entry)
         if how is not None and how.scales and arm.evaluate is not None:
             start = time.monotonic()
-            entry["scales"] = self._sweep(name, arm, tuned.path if arm.tune is not None else None, folder, entry, how)
+            entry["scales"] = self._sweep(name, arm, adapters, folder, entry, how)
             cost["scales_s"] = round(time.monotonic() - start, 3)
         return entry
 
@@ -1142,7 +1164,7 @@ class _Job:
                 own = folder / "phases" / str(place)
                 say(f"after phase {place}", level=1)
                 if arm.transfer is not None:
-                    with self._merged(arm, own / "adapter", folder) as at:
+                    with self._merged(arm, {"": own / "adapter"}, folder) as at:
                         found = self._scores(arm, at(arm.transfer.scale), planned, own / "evaluation")
                 else:
                     found = self.evaluate(arm, own / "adapter", own / "evaluation")
@@ -1168,7 +1190,7 @@ class _Job:
         return plan_sweep(test, separate, how.selection or Selection(), arm.seed)
 
     def _sweep(
-        self, name: str, arm: Recipe, adapter: Path | None, folder: Path, entry: Mapping[str, Any], how: _How
+        self, name: str, arm: Recipe, adapters: Mapping[str, Path], folder: Path, entry: Mapping[str, Any], how: _How
     ) -> dict[str, Any] | None:
         """What was learnt, merged at each scale and evaluated; of the untouched model only the validation tasks, where there are some."""
         from guidetune.comparison.scales import Point, report
@@ -1177,7 +1199,7 @@ class _Job:
         sweep = self._sweep_plan(arm, how)
         own = Path(entry["paths"]["evaluation"])
         untouched = self.out / "arms" / REFERENCE
-        if adapter is None:
+        if not adapters:
             if sweep.separate is not None and name == REFERENCE:
                 handle = _group().agreed(lambda: open_handle(self._spec("instruct"), device=_group().loading_device))
                 _group().place(handle.model)
@@ -1196,7 +1218,7 @@ class _Job:
         if start is not None:
             known[0.0] = (start, untouched / "evaluation")
         points = []
-        with self._merged(arm, adapter, folder) as at:
+        with self._merged(arm, adapters, folder) as at:
             for scale in sorted({0.0, *how.scales}):
                 say(f"arm {name}: scale {scale:g}", level=1)
                 place = folder / "scales" / f"{scale:g}"
@@ -1210,7 +1232,7 @@ class _Job:
         return group.once(lambda: report(sweep, points, name, samples, arm.seed))
 
     @contextmanager
-    def _merged(self, arm: Recipe, adapter: Path, folder: Path) -> Iterator[Callable[[float], Any]]:
+    def _merged(self, arm: Recipe, adapters: Mapping[str, Path], folder: Path) -> Iterator[Callable[[float], Any]]:
         """A function that gives a model handle at a scale; the model is loaded at the first call, and its weights change with each.
 
         Where weights cannot be exchanged in memory (several processes share the model, the merge unties tensors, vLLM loads from disk)
@@ -1233,7 +1255,7 @@ class _Job:
             target = stack.enter_context(Checkpoint(self._resolve(options.into).path))
 
             def planned(scale: float) -> Plan:
-                learnt, factor = self._learnt(arm, adapter, scale)
+                learnt, factor = self._learnt(arm, adapters, scale)
                 delta = learnt if isinstance(learnt, Delta) else Delta.adapter(learnt, base)
                 stack.callback(delta.close)
                 made = make_plan(delta, target, factor or 1.0, options.dtype, options.rounding, arm.seed)
@@ -1255,7 +1277,7 @@ class _Job:
 
             def from_disk(scale: float) -> Any:
                 _release(held.pop("handle", None))
-                learnt, factor = self._learnt(arm, adapter, scale)
+                learnt, factor = self._learnt(arm, adapters, scale)
                 done = group.once(
                     lambda: transfer(
                         learnt, into, written, scale=factor, dtype=options.dtype, rounding=options.rounding, seed=arm.seed, base=base
@@ -1308,7 +1330,10 @@ class _Job:
         }
 
     def closing(self) -> dict[str, Any]:
-        return {"guidance": self.guidance, "ledger": self.ledger, "versions": versions(), "machine": machine()}
+        from guidetune.data.ledger import together
+
+        ledger = together(self._ledgers) if self._ledgers else self.ledger
+        return {"guidance": self.guidance, "ledger": ledger, "versions": versions(), "machine": machine()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1347,16 +1372,18 @@ def guide(recipe: Recipe, out: Path | None = None, export: Path | None = None) -
     _check_place(out)
     job = _Job(recipe, out, "run")
     lines = []
-    for teacher in _teachers(recipe) or [REFERENCE]:
+    passes = [(task, part, teacher) for task, part in (recipe.parts or {"": recipe}).items() for teacher in _teachers(part) or [REFERENCE]]
+    for task, part, teacher in passes:
         job.guidance = {}
-        job.guide(recipe, teacher)
+        job.guide(part, teacher)
         folder = job._folders[f"guidance/{teacher}"]
-        lines.append(histogram_text(job.guidance))
+        lines += [f"task {task}:"] * bool(task) + [histogram_text(job.guidance)]
         if export is not None:
             from guidetune.guidance import export as export_scores
 
-            target = export if len(_teachers(recipe)) <= 1 else export.with_name(f"{export.stem}.{_slug(teacher)}{export.suffix}")
-            rows = job.prepare(recipe)[1]
+            names = [export.stem, *([task] if task else []), *([_slug(teacher)] if len(_teachers(part)) > 1 else [])]
+            target = export.with_name(".".join(names) + export.suffix)
+            rows = job.prepare(part)[1]
             count = _group().once(lambda folder=folder, rows=rows, target=target: export_scores(folder, rows, target))
             lines.append(f"{count:,} rows written to {target}")
         lines.append(f"guidance: {folder}")
@@ -1455,7 +1482,8 @@ def _group() -> Group:
 
 def _teachers(recipe: Recipe) -> list[str]:
     """Teachers of the token weights."""
-    return list(dict.fromkeys(t for w in (recipe.tune.weights if recipe.tune else []) for t in w.teachers))
+    parts = [part.tune for part in recipe.parts.values()]
+    return list(dict.fromkeys(t for tune in parts if tune is not None for w in tune.weights for t in w.teachers))
 
 
 def _scorers(recipe: Recipe) -> dict[str, Any]:
@@ -1538,7 +1566,7 @@ def _repeats(arms: Mapping[str, Recipe], found: Mapping[str, Mapping[str, Any]],
     for k in range(1, seeds):
         for name, arm in arms.items():
             if arm.tune is not None and found[name]["status"] == "ok":
-                yield k, name, _again(arm, k)
+                yield k, name, arm.with_seed(k)
 
 
 def _check_place(out: Path) -> None:

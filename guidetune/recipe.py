@@ -41,10 +41,14 @@ from guidetune import registry
 from guidetune.data.sources import WORLD, LossOn, SourceSpec, locate
 from guidetune.engine.settings import TuneSettings
 from guidetune.errors import BadInput
+from guidetune.yaml12 import TAG, Dumper, Loader
 
 MAX_BYTES = 256 * 1024  # a recipe is a page or two; more is a data file given by mistake
 MAX_VALUES = 20_000  # after aliases are written out: stops nested-alias bombs
 MAX_DEPTH = 40
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")  # a folder, and a word between the commas of --arms
+TASK_SECTIONS = ("data", "guide", "tune")  # what differs between the tasks of a recipe
+SHARED_BY_TASKS = (("tune", "on"), ("tune", "seed"))  # their changes start from one model, and another seed is another seed for all
 
 PAIR = ("base", "instruct")  # how the rest of a recipe calls its two models
 
@@ -350,16 +354,21 @@ class Transfer(Section):
     method: MergeMethod | None = Field(
         None, description="What is made of the change before it is added (kind weightspace), such as lines; null: nothing."
     )
+    tasks: dict[str, float] | None = Field(
+        None, description="Which of the recipe's tasks are joined: {a: 1.0, b: 0.5} with weights, or [a, b]; null: all of them."
+    )
     dtype: Dtype = Field("auto", description="Precision of the written weights; auto: that of the receiving model.")
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="How sums are rounded to that precision.")
     max_shard: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="Largest weight file.")
 
-    @field_validator("method")
+    @field_validator("tasks", mode="before")
     @classmethod
-    def _one_source(cls, method: Any) -> Any:
-        if method is not None and method.sources_needed[0] > 1:
-            _raise([_fault((), f"{method.name} joins several models, and here is one change", method.name)])
-        return method
+    def _weighted(cls, tasks: Any) -> Any:
+        if isinstance(tasks, list) and all(isinstance(name, str) for name in tasks):
+            tasks = dict.fromkeys(tasks, 1.0)
+        if tasks == {} or tasks == []:
+            _raise([_fault((), "names no task; null means all of them", tasks)])
+        return tasks
 
     @model_validator(mode="after")
     def _one_way(self) -> Transfer:
@@ -423,6 +432,9 @@ class Recipe(Section):
     tune: Tune | None = Field(default_factory=lambda: Tune(), description="Tuning; null: none (the models as they are).")
     transfer: Transfer | None = Field(Transfer(), description="The written model; null: the adapter alone.")
     evaluate: Evaluate | None = Field(None, description="Evaluation; null: none.")
+    tasks: dict[str, dict[str, Any]] = Field(
+        {}, description="Several tasks, each tuned by itself and joined by transfer: name -> the keys of data, guide and tune it changes."
+    )
     arms: dict[str, dict[str, Any]] = Field(
         {}, description="More arms for compare: name -> the keys it changes, as `tune.lr: 1e-3`; `from` and `grid`: docs/compare.md."
     )
@@ -436,6 +448,25 @@ class Recipe(Section):
 
     _root: Path = PrivateAttr(default_factory=Path.cwd)
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _tasks: dict[str, Recipe] = PrivateAttr(default_factory=dict)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named_tasks(cls, tasks: Any) -> Any:
+        """An arm leaves a task out by `tasks.NAME: null`, and all of them by `tasks: null`."""
+        if not isinstance(tasks, Mapping):
+            return {} if tasks is None else tasks
+        faults = []
+        for name, changes in (tasks := {name: changes for name, changes in tasks.items() if changes is not None}).items():
+            if not ARM_NAME.fullmatch(str(name)):
+                faults.append(_fault((name,), "a task has a plain name: letters, digits and . _ + = -, a letter or digit first"))
+            for trail, value in _flatten(changes) if isinstance(changes, Mapping) else ():
+                if trail[0] not in TASK_SECTIONS or trail[:2] in SHARED_BY_TASKS:
+                    text = f"a task changes keys of {', '.join(TASK_SECTIONS)}, and not {' or '.join('.'.join(t) for t in SHARED_BY_TASKS)}"
+                    faults.append(_fault((name, ".".join(map(str, trail))), text, value))
+        if faults:
+            _raise(faults)
+        return tasks
 
     @field_validator("name")
     @classmethod
@@ -443,6 +474,23 @@ class Recipe(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
             _raise([_fault((), "must be a plain folder name: letters, digits and . _ + -, at most 100, a letter or digit first", name)])
         return name
+
+    @property
+    def parts(self) -> dict[str, Recipe]:
+        """What is tuned: the recipe itself under "", or each of the tasks that `transfer` joins. Nothing where nothing is tuned."""
+        if self.tune is None:
+            return {}
+        if not self._tasks:
+            return {"": self}
+        chosen = self.transfer.tasks if self.transfer is not None and self.transfer.tasks is not None else self._tasks
+        return {name: self._tasks[name] for name in chosen}
+
+    def with_seed(self, k: int) -> Recipe:
+        """The same recipe with its k-th further seed of tuning, for every task."""
+        assert self.tune is not None
+        again = self.model_copy(update={"tune": self.tune.model_copy(update={"seed": self.tune.seed + k})})
+        again._tasks = {name: task.with_seed(k) for name, task in self._tasks.items()}
+        return again
 
     @property
     def root(self) -> Path:
@@ -481,6 +529,8 @@ class Recipe(Section):
             _raise([_fault(("transfer", "into_scale"), text, self.transfer.into_scale)])
         if self.tune is not None and self.tune.phases is not None:
             self._check_phases()
+        if self.tune is not None:
+            self._joinable()
         if self.tune is not None and self.tune.reducer is None:
             object.__setattr__(self.tune, "reducer", default_reducer(self.tune.weights))
         return self
@@ -511,9 +561,33 @@ class Recipe(Section):
             return registry.build("scorer", {"method": "column", "column": name})
         return self.data.scores.get(name) or registry.build("scorer", name)
 
+    def _joinable(self) -> None:
+        """Refuse tasks that nothing joins, and a merge method that wants another number of changes."""
+        moved, names = self.transfer, list(self.tasks)
+        if moved is None:
+            if names:
+                _raise(
+                    [_fault(("transfer",), f"the tasks {', '.join(names)} are joined by transfer; without it there is nothing to evaluate")]
+                )
+            return
+        for name in moved.tasks or ():
+            if name not in names:
+                _raise([_fault(("transfer", "tasks"), f"no such task{registry.nearest(name, names)}", name)])
+        if moved.method is None:
+            return
+        count = len(moved.tasks or names) or 1
+        least, most = moved.method.sources_needed
+        if least > count:
+            here = "one change" if count == 1 else f"{count} of them"
+            _raise([_fault(("transfer", "method"), f"{moved.method.name} joins several models, and here is {here}", moved.method.name)])
+        if most is not None and count > most:
+            _raise(
+                [_fault(("transfer", "method"), f"{moved.method.name} joins {most} models, and there are {count} tasks", moved.method.name)]
+            )
+
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and every path absolute; `load` of it gives the same recipe."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def default_reducer(weights: Sequence[registry.Method]) -> str:
@@ -548,7 +622,6 @@ ARMS: dict[str, Arm] = {
     ),
 }
 ALIASES = {"gift-base": "gift-base-teacher"}
-ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")  # a folder, and a word between the commas of --arms
 MAX_GRID = 100  # arms of one grid
 DEFAULT_ARMS = ("instruct", "sft", "graft", "gift")
 
@@ -975,6 +1048,7 @@ class _Origins:
 
 
 def _validate(tree: dict[str, Any], root: Path, origins: _Origins, problems: list[str]) -> Recipe | None:
+    _rows_of_all_tasks(tree, origins)
     try:
         recipe = Recipe.model_validate(tree, context={"root": root})
     except ValidationError as error:
@@ -982,7 +1056,45 @@ def _validate(tree: dict[str, Any], root: Path, origins: _Origins, problems: lis
         return None
     recipe._root = root
     recipe._given = tree
+    _add_tasks(recipe, tree, origins, problems)
     return recipe
+
+
+def _rows_of_all_tasks(tree: dict[str, Any], origins: _Origins) -> None:
+    """Without data.train, the tasks' rows together: what an arm without tasks is tuned on."""
+    tasks, data = tree.get("tasks"), tree.get("data", {})
+    if not isinstance(tasks, Mapping) or not isinstance(data, Mapping) or "train" in data:
+        return
+    rows: list[Any] = []
+    for name, task in tasks.items():
+        for trail, train in _flatten(task) if isinstance(task, Mapping) else ():
+            if trail == ("data", "train"):
+                for source in train if isinstance(train, list) else [train]:
+                    origins.places[("data", "train", len(rows))] = origins.of(("tasks", name))
+                    rows.append(source)
+    if rows:
+        tree["data"] = {**data, "train": rows}
+
+
+def _add_tasks(recipe: Recipe, tree: dict[str, Any], origins: _Origins, problems: list[str]) -> None:
+    """The recipe of each task; what it changes is kept with every path absolute, so that `resolved_yaml` runs again from anywhere."""
+    if recipe.tune is None:
+        return
+    shared = {key: value for key, value in tree.items() if key not in ("tasks", "arms", "evaluate", "track")}
+    shared["transfer"] = None
+    kept = {}
+    for name, changes in recipe.tasks.items():
+        found: list[str] = []
+        here = copy.deepcopy(origins)
+        for trail, _ in _flatten(changes):
+            here.cover(trail, origins.of(("tasks", name)) or f"task {name}")
+        made = _changed(changes, shared, recipe.root, here, found)
+        problems += [f"{problem} (task {name})" for problem in found]
+        if made is not None:
+            recipe._tasks[name] = made
+            written = made.model_dump(mode="json")
+            kept[name] = {".".join(map(str, trail)): _at(written, trail) for trail, _ in _flatten(changes)}
+    object.__setattr__(recipe, "tasks", kept)
 
 
 def _problems(error: ValidationError, tree: Any, origins: _Origins, model: type[BaseModel] = Recipe) -> list[str]:
@@ -1091,7 +1203,10 @@ def _from_here(key: str | int, value: Any) -> Any:
 
 def _at(tree: Any, trail: Trail) -> Any:
     for part in trail:
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
+        if isinstance(tree, list):
+            tree = tree[part] if isinstance(part, int) and part < len(tree) else None
+        else:
+            tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
@@ -1130,36 +1245,7 @@ def _put(tree: dict[str, Any], trail: Trail, value: Any) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML 1.2 with positions. The 1.1 rules of PyYAML would read `on` as true, `no` as false and `2e-4` as text.
-
-_SCALARS: list[tuple[str, str, list[str]]] = [
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-]
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would misread."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _name, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
-    if _name in ("int", "float"):
-        _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+# With positions.
 
 
 def _read(text: str, file: str, origins: _Origins, problems: list[str]) -> dict[str, Any]:
@@ -1186,7 +1272,7 @@ def _value(text: str) -> tuple[Any, list[str]]:
 
 def _compose(text: str, file: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
@@ -1239,7 +1325,7 @@ class _Reader:
         return found
 
     def scalar(self, node: yaml.Node, trail: Trail) -> Any:
-        text, tag = node.value, node.tag.removeprefix(_TAG)
+        text, tag = node.value, node.tag.removeprefix(TAG)
         try:
             if tag == "str":
                 return text

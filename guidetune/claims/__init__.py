@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from guidetune import yaml12
 from guidetune.errors import BadInput
 from guidetune.registry import nearest, option_problems
 
@@ -71,6 +72,7 @@ class Paper(BaseModel):
     arms: list[str] = Field(min_length=2)
     settings: dict[str, dict[str, Any]] = Field(min_length=1, description="Name -> the keys of the world's demo recipe that it changes.")
     quick: list[str] = Field([], description="Overrides that make everything short.")
+    unequal_budget: bool = Field(False, description="The arms see different numbers of rows by their nature.")
     claims: list[Claim] = Field(min_length=1)
 
 
@@ -93,7 +95,7 @@ def load(name: str) -> Paper:
 def parse(text: str, file: str = "claims") -> Paper:
     """`load` for text in memory."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml12.load(text)
         paper = Paper.model_validate(tree)
     except yaml.YAMLError as error:
         raise BadInput(f"{file}: not valid YAML: {error}") from None
@@ -137,7 +139,7 @@ def check(paper: Paper, out: Path, seeds: int = 5, quick: bool = False, jobs: in
     for setting, one in recipes.items():
         folder = out / setting
         try:
-            compare(one, paper.arms, folder, seeds, jobs=jobs)
+            compare(one, paper.arms, folder, seeds, jobs=jobs, unequal_budget=paper.unequal_budget)
         except RunFailed:
             if not (folder / "results.json").is_file():
                 raise

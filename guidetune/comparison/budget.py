@@ -46,7 +46,7 @@ def of(settings: TuneSettings, rows: EncodedRows) -> Budget:
 
 
 def total(parts: Iterable[Budget]) -> Budget:
-    """The budget of several parts one after the other, such as phases."""
+    """The budget of an arm that tunes several tasks, or in several phases."""
     found = Budget(0, 0, 0)
     for part in parts:
         found = Budget(*(a + b for a, b in zip(found.as_dict().values(), part.as_dict().values(), strict=True)))

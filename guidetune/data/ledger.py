@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as quoted  # a text as JSON, letters outside ASCII as they are
 from pathlib import Path
@@ -142,6 +142,22 @@ class Ledger:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def together(ledgers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The account of several sets of rows: counts and reasons add up, sources stand beside each other. Lengths are not told."""
+    whole: dict[str, Any] = {name: sum(ledger.get(name, 0) for ledger in ledgers) for name in (*_COUNTS, "leaks")}
+    dropped: Counter[str] = Counter()
+    sources: dict[str, Any] = {}
+    examples: dict[str, list[Any]] = {}
+    for ledger in ledgers:
+        dropped.update(ledger["dropped"])
+        for name, tally in ledger["sources"].items():
+            count = sum(name == known.partition(" (")[0] for known in sources)
+            sources[f"{name} ({count + 1})" if count else name] = tally
+        for reason, some in ledger["examples"].items():
+            examples[reason] = [*examples.get(reason, []), *some][:_EXAMPLES]
+    return whole | {"dropped": dict(dropped.most_common()), "sources": sources, "examples": examples}
 
 
 def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:

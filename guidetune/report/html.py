@@ -33,7 +33,7 @@ def write(run: Path, out: Path | None = None, export: Path | None = None) -> Pat
     run = Path(run)
     results = read_results(run)
     values = sections.page(run, results)
-    target = _save(out or run / "report.html", _fitted(run, results, values))
+    target = save(out or run / "report.html", _fitted(run, results, values))
     if export is not None:
         sheets.export(sheets.of_page(values, results), Path(export))
     return target
@@ -46,13 +46,14 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None, export: P
         BadInput: fewer than two runs, one given twice or without results, or a place that cannot be written to.
     """
     values = runs.page(folders)
-    target = _save(out or Path(folders[0]).resolve().parent / "comparison.html", _render("runs.html.j2", values))
+    target = save(out or Path(folders[0]).resolve().parent / "comparison.html", render_template("runs.html.j2", values))
     if export is not None:
         sheets.export(runs.sheets(values), Path(export))
     return target
 
 
-def _save(target: Path, text: str) -> Path:
+def save(target: Path, text: str) -> Path:
+    """Write a page, whole or not at all. Raises BadInput where it cannot be written."""
     target = Path(target)
     if target.is_dir():
         raise BadInput(f"{target} is a folder; name the file to write, e.g. {target / 'report.html'}")
@@ -71,16 +72,17 @@ def render(run: Path, results: Mapping[str, Any]) -> str:
 
 def _fitted(run: Path, results: Mapping[str, Any], values: dict[str, Any]) -> str:
     """The page; where it would be larger than `MAX_BYTES`, with fewer items in its browser."""
-    text = _render("report.html.j2", values)
+    text = render_template("report.html.j2", values)
     if (excess := len(text.encode("utf-8")) - MAX_BYTES) > 0:
         start = text.index('<section id="items">')
         taken = len(text[start : text.index("</section>", start)].encode("utf-8"))
         room = max(0.0, 0.8 * (taken - 1.2 * excess))  # what an item will take is an estimate
-        text = _render("report.html.j2", values | sections.browser(run, results, room))
+        text = render_template("report.html.j2", values | sections.browser(run, results, room))
     return text
 
 
-def _render(template: str, values: Mapping[str, Any]) -> str:
+def render_template(template: str, values: Mapping[str, Any]) -> str:
+    """A page of this package from its template; the style is put into it."""
     from markupsafe import Markup
 
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import fnmatch
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,9 +32,10 @@ from guidetune.models.sources import ModelSource, resolve
 from guidetune.progress import progress, say
 from guidetune.threads import available_cores
 from guidetune.weightspace.rounding import ROUNDINGS, Rounding, judge, round_to
-from guidetune.weightspace.sources import Delta, Difference, LoraDelta
+from guidetune.weightspace.sources import Delta, Difference, LoraDelta, StoredDelta
 from guidetune.weightspace.stages import ranges
 from guidetune.weightspace.store import Entry, SafetensorsWriter, parse_size, plan_shards, shard_names, write_index
+from guidetune.weightspace.vocabulary import Extended, Vocabulary, differing
 
 REPORT = "transfer.json"
 VERSION = 1  # of the arithmetic and the layout: part of the stage's key
@@ -104,6 +105,7 @@ def transfer(
     saved_modules: bool = False,
     verify: str = "auto",
     verify_rows: Sequence[Sequence[int]] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> StageResult:
     """Write `into` + `scale` * update as a complete model folder, with `transfer.json` beside the weights.
 
@@ -116,6 +118,7 @@ def transfer(
         allow_mismatch: write even when base and target do not fit together or the adapter belongs to another base.
         verify: "full" compares weights and logits, "weights" only the weights, "none" nothing; "auto" is full up to 2 GB.
         verify_rows: token ids of up to 8 probe texts; made from the target's tokenizer when not given.
+        vocabulary: that of the result, where it is not just the target's.
 
     Returns:
         The stage; its `result` is the summary (rounding figures, verification, warnings, problems).
@@ -144,7 +147,7 @@ def transfer(
     try:
         check_place(out, [target_source.path, *read_folders(delta)])
         warnings = check_origin(delta, target_source, allow_mismatch)
-        with Checkpoint(target_source.path) as target:
+        with Checkpoint(target_source.path) if vocabulary is None else Extended(target_source, vocabulary) as target:
             plan = make_plan(delta, target, scale, dtype, rounding, seed)
             plan.warnings[:0] = warnings
             return _write_stage(plan, target_source, out, shard_bytes, dtype, verify, verify_rows)
@@ -158,6 +161,8 @@ def read_folders(delta: Delta) -> list[Path]:
         return [delta.folder, delta.source.path]
     if isinstance(delta, Difference):
         return [source.path for source in delta.sources]
+    if isinstance(delta, StoredDelta):
+        return [delta.folder]
     return [folder for part in delta.members() if part is not delta for folder in read_folders(part)]
 
 
@@ -196,6 +201,23 @@ def check_origin(delta: Delta, target: ModelSource, allow_mismatch: bool) -> lis
             )
     elif isinstance(delta, Difference):
         origin = delta.sources[1]
+        kinds = [source.config.get("model_type") for source in delta.sources]
+        if kinds[0] != kinds[1]:  # the names of the tensors may be the same
+            problems.append(f"{delta.sources[0].spec} is a {kinds[0]} model and {origin.spec} a {kinds[1]} model: they do not compare")
+        if delta.vocabulary is None and (why := differing(*delta.sources)) is not None:
+            problems.append(
+                f"{delta.sources[0].spec} and {origin.spec} have other vocabularies ({why}): their rows do not belong together; "
+                "give `tokenizer: base` or `tokenizer: union` in a plan"
+            )
+    elif isinstance(delta, StoredDelta):
+        if delta.base_fingerprint == fingerprint(target):
+            return []
+        try:
+            origin = resolve(delta.base)
+        except BadInput:
+            return [
+                f"delta {delta.folder}: its base {delta.base} is not here: that it fits {target.spec} is taken on trust but for its shapes"
+            ]
     else:
         return []
     if origin.path != target.path:
@@ -306,22 +328,29 @@ def _write_stage(
         "shards": [len(shards), shard_bytes],
         "verify": verify,
     }
+    if isinstance(plan.target, Extended):
+        key["vocabulary"] = plan.target.vocabulary.describe()
     if artefacts.finished(out, key) is None:
         _check_space(out, total)
-    try:
-        result = artefacts.stage(out, key, lambda work: _build(plan, source, work, shards, dtype, verify, rows))
-    except (BadInput, RunFailed):
-        _free(out)
-        raise
-    except OSError as error:
-        _free(out)
-        raise RunFailed(_disk_message(out, total, error)) from None
+    result = published(out, key, lambda work: _build(plan, source, work, shards, dtype, verify, rows), total)
     summary = result.result
     for text in summary.get("warnings", []):
         say(f"transfer: warning: {text}")
     for text in summary.get("problems", []):
         say(f"transfer: problem: {text}", level=-1)
     return result
+
+
+def published(out: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]], total: int | None = None) -> StageResult:
+    """`artefacts.stage` for files of weights (`total` bytes of them): a failure leaves none behind, and a full disk is said so."""
+    try:
+        return artefacts.stage(out, key, build)
+    except (BadInput, RunFailed):
+        free_partial(out)
+        raise
+    except OSError as error:
+        free_partial(out)
+        raise RunFailed(disk_message(out, total, error)) from None
 
 
 def _check_space(out: Path, total: int) -> None:
@@ -335,17 +364,18 @@ def _check_space(out: Path, total: int) -> None:
         raise BadInput(f"{out} needs {total / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room or choose another --out")
 
 
-def _free(out: Path) -> None:
+def free_partial(out: Path) -> None:
     """A failed attempt must not keep the disk full."""
     for file in out.with_name(f".{out.name}.partial").glob("*.safetensors"):
         file.unlink(missing_ok=True)
 
 
-def _disk_message(out: Path, total: int, error: OSError) -> str:
+def disk_message(out: Path, total: int | None, error: OSError) -> str:
+    """What to say when writing `out` (of `total` bytes, where that is known) failed."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = f"it needs {total / 1e9:.2f} GB"
-        return f"the disk filled up while {out} was written ({reason}); {need}; nothing is lost: make room and run again"
+        need = "" if total is None else f"it needs {total / 1e9:.2f} GB; "
+        return f"the disk filled up while {out} was written ({reason}); {need}nothing is lost: make room and run again"
     if error.errno == errno.EFBIG:
         return (
             f"{out}: a file grew past the largest size allowed here ({reason}); use a smaller max_shard or raise the limit, and run again"
@@ -501,6 +531,8 @@ def _write_side_files(plan: Plan, work: Path, dtype: str) -> None:
         config = json.loads(json.dumps(plan.target.config))
         _update_config(config, dtype, plan.untie, top=True)
         artefacts.write_json(work / "config.json", config)
+    if isinstance(plan.target, Extended):
+        plan.target.vocabulary.write(work)
 
 
 def _update_config(config: dict[str, Any], dtype: str, untie: bool, top: bool = False) -> None:

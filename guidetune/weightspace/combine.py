@@ -34,6 +34,11 @@ class Sum(Combiner):
     def plain(self) -> bool:  # type: ignore[override]
         return not self.normalize
 
+    def coefficients(self, weights: Sequence[float]) -> list[float] | None:
+        if not self.normalize:
+            return list(weights)
+        return [1.0] if len(weights) == 1 else [weight / sum(weights) for weight in weights]
+
     def combine(self, taus: list[torch.Tensor], weights: Sequence[float], piece: Piece, view: View, prepared: Any) -> torch.Tensor:
         if len(taus) == 1 and (self.normalize or weights[0] == 1.0):
             return taus[0]

@@ -86,6 +86,13 @@ class Merged(Delta):
             lambda start, stop: self.anchor.rows(place, start, stop).float(),
         )
 
+    def terms(self, name: str) -> list[tuple[float, Delta]] | None:
+        """(c_i, update) of a parameter where what is made of it is Σ c_i τ_i; None where the preset does more."""
+        merger = self.merger()
+        found = merger.stages.coefficients(merger.views[name])
+        chosen = [self.parts[i][1] for i in self._order if name in self.parts[i][1].shapes]
+        return None if found is None else list(zip(found, chosen, strict=True))
+
     def members(self) -> list[Delta]:
         return [member for _, part in self.parts for member in part.members()]
 
@@ -98,6 +105,8 @@ class Merged(Delta):
     def done(self, name: str) -> None:
         if self._merger is not None:
             self._merger.close(name)
+        for _, part in self.parts:
+            part.done(name)
 
     def same(self, a: str, b: str) -> bool:
         return all(part.same(a, b) for _, part in self.parts)

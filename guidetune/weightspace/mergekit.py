@@ -83,8 +83,16 @@ def plan_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in METHODS:
         problems.append(f"merge_method {kind!r} has no equal here; there are {', '.join(METHODS)}")
     problems += [f"{key} is not supported" for key in tree if key not in KNOWN | {"slices"}]
-    if tree.get("tokenizer_source", "base") != "base" or tree.get("tokenizer") is not None:
-        problems.append("only the base model's tokenizer is written (tokenizer_source: base)")
+    tokenizer = tree.get("tokenizer") or {}
+    if not isinstance(tokenizer, Mapping):
+        problems.append("tokenizer must be a mapping with source")
+        tokenizer = {}
+    problems += [f"tokenizer.{key} is not supported" for key in tokenizer if key != "source"]
+    source = tokenizer.get("source", "union") if tokenizer else tree.get("tokenizer_source")
+    if source not in (None, "base", "union"):
+        problems.append(f"tokenizer source {source!r} is not supported: base or union")
+    if tree.get("chat_template") not in (None, "auto"):
+        problems.append("chat_template is not supported: the base model's is kept")
     models = tree.get("models")
     if not isinstance(models, list) or not models or not all(isinstance(m, Mapping) and isinstance(m.get("model"), str) for m in models):
         problems.append("models must be a list of {model: ..., parameters: {...}}")
@@ -123,7 +131,8 @@ def plan_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
         method["scale"] = options.get("lambda", 1.0)
     anchor = base if base is not None else names[0]
     sources = [{"model": model, "weight": weight} for model, weight in zip(names, weights, strict=True)]
-    return {"anchor": anchor, "sources": sources, "method": method, "out_dtype": tree.get("out_dtype") or tree.get("dtype") or "auto"}
+    written = {"anchor": anchor, "sources": sources, "method": method, "out_dtype": tree.get("out_dtype") or tree.get("dtype") or "auto"}
+    return written if source is None else {**written, "tokenizer": source}
 
 
 def _less(t: Any) -> Any:

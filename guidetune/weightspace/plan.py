@@ -19,19 +19,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
 
-from guidetune import registry
+from guidetune import registry, yaml12
 from guidetune.artefacts import StageResult
 from guidetune.errors import BadInput
 from guidetune.models.checkpoint import Checkpoint
 from guidetune.models.sources import resolve
 from guidetune.threads import available_cores
 from guidetune.weightspace.apply import check_origin, make_plan, transfer
-from guidetune.weightspace.merged import Merged
+from guidetune.weightspace.merged import Merged, added
 from guidetune.weightspace.mergekit import is_mergekit, plan_of
 from guidetune.weightspace.scale import Weight
-from guidetune.weightspace.sources import Delta, Difference, LoraDelta
+from guidetune.weightspace.sources import Delta, Difference, LoraDelta, StoredDelta
 from guidetune.weightspace.stages import Preset
 from guidetune.weightspace.store import parse_size, plan_shards
+from guidetune.weightspace.vocabulary import Extended, Vocabulary
 
 
 def _weights(value: Any) -> Any:
@@ -81,15 +82,24 @@ class AdapterSource(Part):
 class ModelSource(Part):
     """A full model minus the model it was tuned from."""
 
-    model: str = Field(description="The tuned model.")
+    model: str = Field(description="The tuned model; also an adapter folder with its base, or MODEL+ADAPTER.")
     minus: str | None = Field(None, description="The model it was tuned from; null: the anchor.")
     include: str | list[str] | None = Field(None, description="'projections', or glob patterns of parameter names; default all.")
 
 
+class DeltaSource(Part):
+    """An update that another plan has written."""
+
+    delta: str = Field(description="A folder written with `write: delta`.")
+
+
+KINDS = {"adapter": AdapterSource, "delta": DeltaSource, "model": ModelSource}
+
+
 def _kind(value: Any) -> str | None:
     if isinstance(value, dict):
-        return "adapter" if "adapter" in value else "model" if "model" in value or "minus" in value else None
-    return "adapter" if isinstance(value, AdapterSource) else "model"
+        return next((kind for kind in ("adapter", "delta", "model") if kind in value), "model" if "minus" in value else None)
+    return next((kind for kind, of in KINDS.items() if isinstance(value, of)), "model")
 
 
 def _method(value: Any) -> Preset:
@@ -110,7 +120,10 @@ def _method(value: Any) -> Preset:
 
 
 Method = Annotated[registry.Method, BeforeValidator(_method), PlainSerializer(lambda method: method.spec())]
-Source = Annotated[Annotated[AdapterSource, Tag("adapter")] | Annotated[ModelSource, Tag("model")], Discriminator(_kind)]
+Source = Annotated[
+    Annotated[AdapterSource, Tag("adapter")] | Annotated[DeltaSource, Tag("delta")] | Annotated[ModelSource, Tag("model")],
+    Discriminator(_kind),
+]
 
 
 class MergePlan(BaseModel):
@@ -120,7 +133,19 @@ class MergePlan(BaseModel):
     anchor: str = Field(description="The model that gets the deltas; its tokenizer and configs are kept.")
     sources: list[Source] = Field(min_length=1, description="The deltas, each an adapter or a difference of two models.")
     method: Method = Field("sum", validate_default=True, description="How the deltas are combined (kind weightspace).")
-    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: as the anchor is stored.")
+    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the anchor is stored; adapter: float32."
+    )
+    write: Literal["model", "adapter", "delta"] = Field(
+        "model",
+        description="adapter: one LoRA adapter for the anchor, exactly the weighted sum of the sources, which are all adapters. "
+        "delta: the joined update alone, to be a source of other plans.",
+    )
+    tokenizer: Literal["base", "union"] | None = Field(
+        None,
+        description="What to do with sources of other vocabularies: base: their rows by the anchor's tokens; union: their own tokens are "
+        "added. null: refuse them.",
+    )
     rounding: Literal["nearest", "stochastic"] = "nearest"
     max_shard: int | str = "5GB"
     seed: int = 0
@@ -142,8 +167,8 @@ def load_plan(path: str | Path) -> MergePlan:
 def parse_plan(text: str, name: str = "plan") -> MergePlan:
     """A plan from YAML text; `name` is what errors call it."""
     try:
-        data = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml12.load(text)
+        root = yaml.compose(text, Loader=yaml12.Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -163,8 +188,20 @@ def merge(
 ) -> StageResult:
     """Write `anchor` + the combined deltas to `out`; see `transfer` for the result and what is raised."""
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
-    delta, scale = _joined(plan)
+    if plan.write == "adapter":
+        from guidetune.weightspace import adapters
+
+        assert isinstance(plan.method, Preset)
+        dtype = "float32" if plan.out_dtype == "auto" else plan.out_dtype
+        return adapters.add(plan.method, _adapters(plan), plan.anchor, out, dtype, plan.allow_mismatch)
+    vocabulary = _vocabulary(plan)
+    delta, scale = _joined(plan, vocabulary)
     try:
+        if plan.write == "delta":
+            from guidetune.weightspace.deltas import write_delta
+
+            dtype = "float32" if plan.out_dtype == "auto" else plan.out_dtype
+            return write_delta(delta, plan.anchor, out, scale, dtype, plan.max_shard, plan.allow_mismatch)
         return transfer(
             delta,
             plan.anchor,
@@ -177,21 +214,74 @@ def merge(
             allow_mismatch=plan.allow_mismatch,
             verify=verify,
             verify_rows=verify_rows,
+            vocabulary=vocabulary,
         )
     finally:
         delta.close()
+        if vocabulary is not None:
+            vocabulary.close()
 
 
-def _joined(plan: MergePlan) -> tuple[Delta, float]:
+def _vocabulary(plan: MergePlan) -> Vocabulary | None:
+    """The vocabulary of the result, where the plan asks for one."""
+    if plan.tokenizer is None:
+        return None
+    if plan.write != "model":
+        raise BadInput(f"tokenizer: {plan.tokenizer} is of a model's rows; with write: {plan.write} leave it out")
+    problems = [
+        f"sources.{i}: with `tokenizer` a model is merged minus the anchor; leave `minus` out"
+        for i, part in enumerate(plan.sources)
+        if isinstance(part, ModelSource) and part.minus not in (None, plan.anchor)
+    ]
+    if problems:
+        raise BadInput(problems)
+    models = [resolve(part.model) for part in plan.sources if isinstance(part, ModelSource)]
+    return Vocabulary(resolve(plan.anchor), models, plan.tokenizer)
+
+
+def _adapters(plan: MergePlan) -> list[tuple[float | Weight, LoraDelta]]:
+    """The sources of a plan that writes an adapter."""
+    parts: list[tuple[float | Weight, LoraDelta]] = []
+    problems: list[str] = []
+    for i, part in enumerate(plan.sources):
+        try:
+            if not isinstance(part, AdapterSource):
+                raise BadInput(f"sources.{i} is no adapter: `write: adapter` adds up adapters; make one of a model with merge extract")
+            parts.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return parts
+
+
+def _source(part: AdapterSource | DeltaSource | ModelSource, anchor: str, vocabulary: Vocabulary | None) -> Delta:
+    """The update of one source."""
+    if isinstance(part, AdapterSource):
+        return LoraDelta(part.adapter, part.of, part.saved_modules)
+    if isinstance(part, DeltaSource):
+        return StoredDelta(part.delta)
+    minus = part.minus or anchor
+    model, plus, adapter = part.model.rpartition("+")
+    if not plus or Path(part.model).exists():  # a folder may have a plus in its name
+        if resolve(part.model).adapter is None:
+            return Difference(part.model, minus, part.include, vocabulary)
+        model, adapter = "", part.model
+    if part.include is not None or vocabulary is not None:
+        raise BadInput(f"{part.model} is a model with an adapter: `include` and `tokenizer` need the merged model")
+    learnt = LoraDelta(adapter, model or None)
+    if learnt.source.path == resolve(minus).path:
+        return learnt
+    return added([(1.0, learnt), (1.0, Difference(learnt.source.base_spec or "", minus))], anchor)
+
+
+def _joined(plan: MergePlan, vocabulary: Vocabulary | None = None) -> tuple[Delta, float]:
     """The plan's update, and what it is still to be multiplied by."""
     deltas: list[tuple[float | Weight, Delta]] = []
     problems: list[str] = []
     for part in plan.sources:
         try:
-            if isinstance(part, AdapterSource):
-                deltas.append((part.weight, LoraDelta(part.adapter, part.of, part.saved_modules)))
-            else:
-                deltas.append((part.weight, Difference(part.model, part.minus or plan.anchor, part.include)))
+            deltas.append((part.weight, _source(part, plan.anchor, vocabulary)))
         except BadInput as error:
             problems += error.problems
     if problems:
@@ -212,11 +302,17 @@ def preview(plan: MergePlan | str | Path) -> str:
         BadInput: what `merge` would refuse, as far as it can be known now.
     """
     plan = plan if isinstance(plan, MergePlan) else load_plan(plan)
+    if plan.write == "adapter":
+        from guidetune.weightspace import adapters
+
+        assert isinstance(plan.method, Preset)
+        return adapters.preview(plan.method, _adapters(plan), plan.anchor, plan.allow_mismatch)
     target = resolve(plan.anchor)
-    delta, scale = _joined(plan)
+    vocabulary = _vocabulary(plan)
+    delta, scale = _joined(plan, vocabulary)
     try:
         warnings = check_origin(delta, target, plan.allow_mismatch)
-        with Checkpoint(target.path) as anchor:
+        with Checkpoint(target.path) if vocabulary is None else Extended(target, vocabulary) as anchor:
             made = make_plan(delta, anchor, scale, plan.out_dtype, plan.rounding, plan.seed)
             warnings += made.warnings
             written = sum(entry.nbytes for entry in made.entries)
@@ -243,9 +339,9 @@ def _place(spec: str, root: Path) -> str:
     return str(beside) if not spec.startswith("world:") and not Path(spec).exists() and beside.exists() else spec
 
 
-def _beside(part: AdapterSource | ModelSource, root: Path) -> AdapterSource | ModelSource:
-    fields = ("adapter", "of") if isinstance(part, AdapterSource) else ("model", "minus")
-    return part.model_copy(update={name: _place(value, root) for name in fields if (value := getattr(part, name))})
+def _beside(part: Any, root: Path) -> Any:
+    folders = {name: getattr(part, name, None) for name in ("adapter", "of", "model", "minus", "delta")}
+    return part.model_copy(update={name: _place(value, root) for name, value in folders.items() if value})
 
 
 def _faults(error: ValidationError, root: yaml.Node | None, name: str) -> Iterator[str]:
@@ -256,9 +352,9 @@ def _faults(error: ValidationError, root: yaml.Node | None, name: str) -> Iterat
         line, path = _line(root, loc), ".".join(str(step) for step in loc)
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "union_tag_not_found":
-            text = "a source has either adapter, or model and minus"
+            text = "a source has either adapter, or model and minus, or delta"
         if fault["type"] == "extra_forbidden":
-            model = MergePlan if len(loc) == 1 else AdapterSource if "adapter" in fault["loc"] else ModelSource
+            model = MergePlan if len(loc) == 1 else next((KINDS[kind] for kind in KINDS if kind in fault["loc"]), ModelSource)
             near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0.5)
             text = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; there is {', '.join(model.model_fields)}"
         given = fault.get("input")

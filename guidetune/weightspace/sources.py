@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +19,12 @@ from guidetune.models.fingerprints import adapter_fingerprint, fingerprint
 from guidetune.models.names import ParameterNames
 from guidetune.models.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROVENANCE, ModelSource, read_config, resolve
 
+if TYPE_CHECKING:
+    from guidetune.weightspace.vocabulary import Vocabulary
+
 PROJECTIONS = r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)\.weight$"
 PREFIX = "base_model.model."
+DELTA_FILES = "delta-*.safetensors"
 LORA_KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<side>[AB]))(?:\.(?P<adapter>\w+))??(?P<weight>\.weight)?$")
 # Initialisations that leave the base weights as they are, so that the adapter alone is the update.
 PLAIN_INITS = (True, False, "true", "false", "gaussian", "eva", "orthogonal")
@@ -251,6 +255,11 @@ class LoraDelta(Delta):
         product = b[start:stop] @ a if self._kinds[name] == "linear" else a.T[start:stop] @ b.T
         return product.mul_(self.scaling(path))
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of a module's weight, float32, the scaling in B (of an embedding: in = vocabulary)."""
+        path = self.lora_of[name]
+        return self.files.rows(self.pairs[path]["A"]).float(), self.files.rows(self.pairs[path]["B"]).float() * self.scaling(path)
+
     def same(self, a: str, b: str) -> bool:
         if not (a in self.lora_of and b in self.lora_of and self.config.get("ensure_weight_tying")):
             return super().same(a, b)
@@ -276,8 +285,15 @@ class Difference(Delta):
     variant, arXiv 2505.12716), or glob patterns of parameter names.
     """
 
-    def __init__(self, tuned: str | Path, base: str | Path, include: str | Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tuned: str | Path | ModelSource,
+        base: str | Path | ModelSource,
+        include: str | Sequence[str] | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         sources = resolve(tuned), resolve(base)
+        self.vocabulary = vocabulary
         for source in sources:
             if source.adapter is not None:
                 raise BadInput(f"{source.spec} is an adapter: add it as an adapter, or merge it first")
@@ -290,18 +306,28 @@ class Difference(Delta):
         places = _places(self.tuned), _places(self.base)
         problems = [f"{sources[1 - k].spec} lacks {name}" for k in (0, 1) for name in places[k] if name not in places[1 - k]]
         chosen = [name for name in places[0] if name in places[1] and _included(name, include)]
-        shapes = [{name: c.tensors[p[name]].shape for name in chosen} for c, p in zip((self.tuned, self.base), places, strict=True)]
+        shapes = [{name: self._shape(name, c, p) for name in chosen} for c, p in zip((self.tuned, self.base), places, strict=True)]
         problems += [
             f"{name} is {list(shapes[0][name])} and {list(shapes[1][name])}" for name in chosen if shapes[0][name] != shapes[1][name]
         ]
         if problems:
+            sizes = [c.config.get("vocab_size") for c in (self.tuned, self.base)]
+            if sizes[0] != sizes[1]:
+                problems[7:] = [f"vocabularies of {sizes[0]} and {sizes[1]} tokens; a plan can say `tokenizer: base` or `tokenizer: union`"]
             raise BadInput([f"{sources[0].spec} minus {sources[1].spec}: {problem}" for problem in problems[:8]])
         if not chosen:
             raise BadInput(f"include {include!r} matches no parameter of {sources[0].spec}, such as {next(iter(places[0]), 'none')}")
         self.places = places
         self.shapes = {name: shapes[0][name] for name in chosen if self.tuned.tensors[places[0][name]].dtype in FLOATS}
 
+    def _shape(self, name: str, checkpoint: Checkpoint, places: Mapping[str, str]) -> tuple[int, ...]:
+        shape = checkpoint.tensors[places[name]].shape
+        return shape if self.vocabulary is None else self.vocabulary.shape(name, shape)
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self.vocabulary is not None and name in self.vocabulary.parameters:
+            tuned, base = (self.vocabulary.rows(source, name, start, stop) for source in self.sources)
+            return tuned - base
         return self.tuned.rows(self.places[0][name], start, stop).float() - self.base.rows(self.places[1][name], start, stop).float()
 
     def same(self, a: str, b: str) -> bool:
@@ -310,11 +336,39 @@ class Difference(Delta):
         return self.places[0][a] == self.places[0][b] and self.places[1][a] == self.places[1][b]
 
     def describe(self) -> dict[str, Any]:
-        return {"model": fingerprint(self.sources[0]), "minus": fingerprint(self.sources[1]), "include": self.include}
+        found = {"model": fingerprint(self.sources[0]), "minus": fingerprint(self.sources[1]), "include": self.include}
+        return found if self.vocabulary is None else found | self.vocabulary.describe()
 
     def close(self) -> None:
         self.tuned.close()
         self.base.close()
+
+
+class StoredDelta(Delta):
+    """An update that a plan with `write: delta` has left in a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        manifest = artefacts.finished(self.folder)
+        files = sorted(self.folder.glob(DELTA_FILES))
+        if manifest is None or not files:
+            raise BadInput(f"{folder} is not a finished delta folder: `guidetune merge` writes one from a plan with `write: delta`")
+        self.key: str = manifest["fingerprint"]
+        self.base: str = manifest["result"]["base"]
+        self.base_fingerprint: str = manifest["result"]["base_fingerprint"]
+        self.files = TensorFiles({name: info for file in files for name, info in read_header(file).items()})
+        if len(self.files.tensors) != manifest["result"]["tensors"]:
+            raise BadInput(f"{folder} is incomplete: it holds {len(self.files.tensors)} of {manifest['result']['tensors']} tensors")
+        self.shapes = {name: info.shape for name, info in self.files.tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.files.rows(name, start, stop).float()
+
+    def describe(self) -> dict[str, Any]:
+        return {"stored": self.key}
+
+    def close(self) -> None:
+        self.files.close()
 
 
 class TensorDelta(Delta):

@@ -124,6 +124,10 @@ class Combiner(ABC):
         """Whatever must be known of the tensor; `taus()` reads its sparsified, unweighted updates piece by piece."""
         return None
 
+    def coefficients(self, weights: Sequence[float]) -> list[float] | None:
+        """c_i where D = Σ c_i τ̂_i with numbers that do not depend on the updates; else None."""
+        return None
+
     @abstractmethod
     def combine(self, taus: list[torch.Tensor], weights: Sequence[float], piece: Piece, view: View, prepared: Any) -> torch.Tensor:
         """D of this piece. `taus` must stay as they are."""
@@ -152,6 +156,14 @@ class Stages:
     def memory(self, sources: int, threads: int) -> int:
         """Bytes at work beside the libraries, at most: what each thread holds of a tensor, and the temporaries of a piece."""
         return threads * (HELD_BYTES + 4 * PIECE_VALUES * (4 * sources + 8))
+
+    def coefficients(self, view: View) -> list[float] | None:
+        """c_i of a tensor's sources where its D is Σ c_i τ_i, known without reading them; else None."""
+        found = self.combine.coefficients(view.weights)
+        if found is None or type(self.sparsify) is not Sparsifier or self.scale_from is not None:
+            return None
+        factor = self.factor * (1.0 if self.scale is None else self.scale(view))
+        return [factor * c for c in found]
 
     @property
     def plain(self) -> bool:

@@ -17,6 +17,7 @@ from guidetune.models.sources import ModelSource
 from guidetune.weightspace.apply import FULL_VERIFY_BYTES, Plan, _bytes, dtype_of
 from guidetune.weightspace.sources import LoraDelta, refusals
 from guidetune.weightspace.store import Entry
+from guidetune.weightspace.vocabulary import Extended
 
 PROBE_TEXTS = (
     "What is 17 + 26?",
@@ -49,7 +50,7 @@ def verify_result(
         found |= _weights(plan, written)
     if level == "full":
         found |= _loads_and_agrees(plan, source, work, rows, moved)
-        found |= _same_tokenizer(source, work)
+        found |= {"tokenizer": plan.target.vocabulary.kind} if isinstance(plan.target, Extended) else _same_tokenizer(source, work)
     return found
 
 
@@ -109,7 +110,7 @@ def probe_rows(source: ModelSource, vocabulary: int, seed: int = 0) -> list[list
 
 def _loads_and_agrees(plan: Plan, source: ModelSource, work: Path, rows: Sequence[Sequence[int]] | None, moved: bool) -> dict[str, Any]:
     """Logits in float32: target alone, target + update without merging, and the written model loaded as any user would."""
-    model = load_model(source, dtype="float32", device="cpu")
+    model = plan.target.fitted(load_model(source, dtype="float32", device="cpu"))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     probes = [list(row)[:PROBE_TOKENS] for row in rows][:MAX_ROWS] if rows else probe_rows(source, vocabulary, plan.seed)
     plain = _log_probs(model, probes)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import yaml
 
-from tests.models.pairs import save
+from tests.models.pairs import save, tiny_tokenizer
 from tests.tiny import tiny_model
 
 GOLDEN = Path(__file__).parent / "golden/mergekit.json"
+UNION = Path(__file__).parent / "golden/union.json"
 STRIDE = 97  # of the values of a tensor that are kept
 W = {"linear": (0.3, 0.7), "ties": (0.5, 0.3, 0.6), "slerp": (0.7, 0.3), "nuslerp": (0.7, 0.3), "lines": (1.0,)}
 
@@ -103,6 +104,44 @@ def main(command: str) -> None:
             found[name] = {key: tensor.flatten()[::STRIDE].tolist() for key, tensor in sorted(read(out).items())}
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(found))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "plan.yaml").write_text(yaml.safe_dump(union_plan(vocabularies(Path(folder)))))
+        subprocess.run([command, str(Path(folder) / "plan.yaml"), str(Path(folder) / "out")], check=True)
+        UNION.write_text(json.dumps({name: rows_of(Path(folder) / "out", name) for name in VOCABULARY}))
+
+
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def vocabularies(root: Path) -> dict[str, Path]:
+    """<a> is id 102 of the anchor and 103 of `one`; <b> is in both others; <c> in one of them."""
+    return {
+        "anchor": written(root / "anchor", 103, 0, ("<a>",)),
+        "one": written(root / "one", 112, 1, ("<b>", "<a>")),
+        "two": written(root / "two", 105, 2, ("<b>", "<c>")),
+    }
+
+
+def written(folder: Path, rows: int, seed: int, extra: tuple[str, ...], dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A tiny model with so many rows, and a tokenizer with extra tokens."""
+    tiny_model(vocab=rows, seed=seed, **changes).to(dtype).save_pretrained(folder)
+    tiny_tokenizer(extra=extra).save_pretrained(folder)
+    return folder
+
+
+def union_plan(folders: dict[str, Path]) -> dict[str, Any]:
+    plan: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(folders["anchor"]), "dtype": "float32"}
+    plan["tokenizer_source"] = "union"
+    plan["models"] = [{"model": str(folders[key]), "parameters": {"weight": weight}} for key, weight in (("one", 0.5), ("two", 0.25))]
+    return plan
+
+
+def rows_of(folder: Path, name: str) -> dict[str, list[float]]:
+    """The first values of some tokens' rows."""
+    from guidetune.models.loading import load_tokenizer
+
+    vocabulary, tensor = load_tokenizer(str(folder)).get_vocab(), read(folder)[name]
+    return {token: tensor[vocabulary[token]][:4].tolist() for token in ("<a>", "<b>", "<c>", "</s>", "q")}
 
 
 if __name__ == "__main__":

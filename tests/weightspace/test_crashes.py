@@ -131,6 +131,24 @@ def test_full_disk(llama: tuple[Path, Path], tmp_path: Path, small_disk: Path, m
     assert (small_disk / "out" / "transfer.json").is_file()
 
 
+def test_full_disk_while_adapters_and_deltas_are_written(llama: tuple[Path, Path], tmp_path: Path, small_disk: Path) -> None:
+    from guidetune.weightspace.adapters import extract
+    from guidetune.weightspace.plan import MergePlan, merge
+
+    instruct, adapter = llama
+    base = instruct.parent / "base"
+    (small_disk / "other").write_bytes(b"x" * 130_000)
+    sources = [{"adapter": str(adapter)}]
+    for write in (
+        lambda: extract(instruct, base, small_disk / "out", rank=30),
+        lambda: merge(MergePlan.model_validate({"anchor": str(base), "sources": sources, "write": "adapter"}), small_disk / "out"),
+        lambda: merge(MergePlan.model_validate({"anchor": str(base), "sources": sources, "write": "delta"}), small_disk / "out"),
+    ):
+        with pytest.raises(RunFailed, match="disk filled up.*make room and run again"):
+            write()
+        assert not (small_disk / "out").exists() and not list(small_disk.rglob("*.safetensors"))
+
+
 def test_a_target_changed_on_disk_is_noticed(llama: tuple[Path, Path], tmp_path: Path) -> None:
     """The check of the written weights reads the file again."""
     instruct, adapter = llama

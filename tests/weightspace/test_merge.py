@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_adapters_and_models_mix_and_lines_scales_the_adapter(tuned: tuple[str, 
 
 
 def broken(tmp_path: Path, change: Any, **options: Any) -> str:
-    folder = save(tiny_model("llama", **options), tmp_path / "broken")
+    folder = save(tiny_model(**{"family": "llama", **options}), tmp_path / "broken")
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors, file)
@@ -80,19 +81,43 @@ def cut(tensors: dict[str, torch.Tensor], file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def shards(tensors: dict[str, torch.Tensor], file: Path) -> list[Path]:
+    file.unlink()
+    tiny_model("llama").save_pretrained(file.parent, max_shard_size="20KB")
+    return sorted(file.parent.glob("model-*.safetensors"))
+
+
+def lose_a_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    shards(tensors, file)[1].unlink()
+
+
+def cut_a_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    last = shards(tensors, file)[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+
+
+def nothing(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    pass
+
+
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
         (poison, {}, "not finite"),
         (cut, {}, "damaged"),
-        (lambda *_: None, {"vocab": 160}, "is \\[160"),
-        (lambda *_: None, {"num_hidden_layers": 3}, "lacks model.layers"),
+        (cut_a_shard, {}, "damaged"),
+        (lose_a_shard, {}, "is incomplete: model-00002-of-.* is in model.safetensors.index.json but not in the folder"),
+        (nothing, {"vocab": 160}, "is \\[160.*|vocabularies of 160 and 128 tokens"),
+        (nothing, {"num_hidden_layers": 3}, "lacks model.layers"),
+        (nothing, {"family": "phi3"}, "lacks model.layers"),
+        (nothing, {"family": "mistral"}, "is a mistral model and .* a llama model"),
+        (nothing, {"family": "qwen3", "head_dim": 8}, "q_norm"),
     ],
-    ids=["nan", "truncated", "vocabulary", "depth"],
+    ids=["nan", "truncated", "truncated-shard", "missing-shard", "vocabulary", "depth", "architecture", "same-names", "near-architecture"],
 )
 @pytest.mark.parametrize("method", ["sum", "ties"])
 def test_broken_sources_leave_nothing(
-    tuned: tuple[str, list[str]], method: str, change: Any, options: dict[str, int], words: str, tmp_path: Path
+    tuned: tuple[str, list[str]], method: str, change: Any, options: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     base, folders = tuned
     bad = broken(tmp_path, change, **options)
@@ -105,8 +130,27 @@ def test_broken_sources_leave_nothing(
 def test_a_source_given_twice_is_refused(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="given twice"):
         merge(plan(tuned, "ties", (0, 0)), tmp_path / "out")
+    base, folders = tuned
+    shutil.copytree(folders[0], tmp_path / "copy")  # the same weights under another name
+    twice = {"anchor": base, "sources": [{"model": folders[0]}, {"model": str(tmp_path / "copy"), "weight": 2}]}
+    with pytest.raises(BadInput, match="given twice"):
+        merge(MergePlan.model_validate(twice), tmp_path / "out")
     with pytest.raises(BadInput, match="needs 2 sources, there are 3"):
         merge(plan(tuned, "slerp"), tmp_path / "out")
+
+
+def test_tied_against_untied(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
+    """A head of its own is an update of its own: the result is stored untied, and says so; an adapter is refused (test_refusals)."""
+    base, _ = tuned
+    tied = save(tiny_model("llama", tie_word_embeddings=True, seed=3), tmp_path / "tied")
+    done = merge(MergePlan.model_validate({"anchor": str(tied), "sources": [{"model": base}]}), tmp_path / "out")
+    assert done.result["untied"] and any("stored untied" in text for text in done.result["warnings"])
+    got, wanted = load_file(tmp_path / "out/model.safetensors"), load_file(Path(base) / "model.safetensors")
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-6)
+    done = merge(MergePlan.model_validate({"anchor": base, "sources": [{"model": str(tied)}]}), tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    torch.testing.assert_close(back["lm_head.weight"], back["model.embed_tokens.weight"], rtol=0, atol=1e-6)
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tuned: tuple[str, list[str]], tmp_path: Path) -> None:
