@@ -2,6 +2,7 @@
 
     python benchmarks/prepare.py                          # 50,000, 500,000 and 2,000,000 rows; 4 GB of scratch space
     python benchmarks/prepare.py --quick --json out.json
+    python benchmarks/prepare.py --rows 50000 --incumbents 0 --mixed 50000 1000000
 
 Rows are synthetic chats in several parquet files: words of a made-up vocabulary of 20,000 with Zipf frequencies, log-normal lengths,
 all drawn from one seed. The tokenizer is a byte-level BPE trained on the same text. Every measurement is a process of its own.
@@ -9,6 +10,9 @@ all drawn from one seed. The tokenizer is a byte-level BPE trained on the same t
 Peaks are those of the kernel: VmHWM is resident memory with the pages of mapped files in it; anonymous memory (RssAnon), which is
 what a program cannot give back, is sampled every 20 ms. What an empty job of 200 rows needs is measured too: the growth per row is
 over the larger sizes.
+
+`--mixed` sizes are rows of 20 sources of unequal size (the k-th has 1/k of the first) as questions and answers in columns, taken through
+one of three templates each, a capped mix of as many rows as there are, and encoding.
 
 Incumbents on the smaller size, with the same rows and tokenizer: `datasets.map` over `apply_chat_template(tokenize=True)`, and the
 preparation of TRL's `SFTTrainer` (its constructor, stopped where training would begin).
@@ -37,6 +41,7 @@ TEMPLATE = (
     "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SOURCES = 20  # of the mixed rows
 FILES, BLOCK, SEED = 8, 10_000, 17  # at most 8 files, of row groups of 10,000 rows whatever the size
 
 
@@ -95,6 +100,29 @@ def write_rows(folder: Path, rows: int) -> int:
                 column = pa.ListArray.from_arrays(pa.array(np.arange(0, 2 * count + 1, 2, dtype=np.int32)), turns)
                 writer.write_batch(pa.record_batch([column], schema=schema))
                 share, done = share - count, done + count
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def write_sources(folder: Path, rows: int) -> int:
+    """About `rows` rows of columns in one parquet file for each of 20 sources; returns the bytes written."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True)
+    words = vocabulary()
+    whole = sum(1 / k for k in range(1, SOURCES + 1))
+    schema = pa.schema([("question", pa.string()), ("answer", pa.string())])
+    for number in range(1, SOURCES + 1):
+        left, done = max(1, round(rows / number / whole)), 0
+        with pq.ParquetWriter(folder / f"source-{number:02d}.parquet", schema, compression="snappy") as writer:
+            while left:
+                count = min(left, BLOCK)
+                rng = np.random.default_rng([SEED, number, done])
+                asked = texts(words, 1 + rng.lognormal(2.3, 0.6, count).astype(np.int64), rng)
+                answered = texts(words, 1 + rng.lognormal(3.0, 0.7, count).astype(np.int64), rng)
+                writer.write_batch(pa.record_batch([pa.array(asked), pa.array(answered)], schema=schema))
+                left, done = left - count, done + count
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -189,6 +217,32 @@ def guidetune_prepare(data: Path, tokenizer: Path, scratch: Path) -> dict[str, A
     return {**result, "bytes_on_disk_per_row": round(sum(sizes.values()) / result["rows"], 1)}
 
 
+def guidetune_mix(data: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:
+    """`guidetune data` of 20 sources: one of three templates for each row, a capped mix of as many rows as were read, encoding."""
+    import pyarrow.parquet  # noqa: F401
+    from transformers import PreTrainedTokenizerFast
+
+    from guidetune.data.chat import Chat
+    from guidetune.data.prepare import PrepareSettings, prepare
+
+    chat = Chat(PreTrainedTokenizerFast.from_pretrained(tokenizer))
+    files = sorted(data.glob("*.parquet"))
+    rows = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    asked = ("{question}", "Question: {question}\nAnswer:", "Answer in a few words.\n{question}")
+    templates = {f"t{k}": {"user": user, "assistant": "{answer}"} for k, user in enumerate(asked)}
+    operations = [
+        {"method": "template", "templates": templates},
+        {"method": "mix", "cap": max(1, rows // SOURCES), "rows": rows},
+    ]
+
+    def work() -> tuple[int, int]:
+        specs = [{"path": str(file)} for file in files]
+        totals = prepare(specs, operations, chat, PrepareSettings(max_length=1024), scratch / "out", scratch).result
+        return totals["used"], totals["tokens"]
+
+    return measured(work)
+
+
 def guidetune_read(data: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:
     """What training does to prepared rows: open them, draw 200 optimiser batches of 64 rows of a shuffled epoch, read their tokens."""
     from guidetune.data.rows import EncodedRows
@@ -255,7 +309,7 @@ def trl_sft(data: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:
     return measured(work)
 
 
-JOBS = {job.__name__: job for job in (guidetune_prepare, guidetune_read, datasets_map, trl_sft)}
+JOBS = {job.__name__: job for job in (guidetune_prepare, guidetune_mix, guidetune_read, datasets_map, trl_sft)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +325,7 @@ def in_own_process(job: str, data: Path, tokenizer: Path, scratch: Path) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(sizes: list[int], incumbents: int, scratch: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+def run(sizes: list[int], mixed: list[int], incumbents: int, scratch: Path, keep: Callable[[dict[str, Any]], None]) -> None:
     """Hand each measurement to `keep` as it comes."""
     tokenizer = scratch / "tokenizer"
     train_tokenizer(tokenizer)
@@ -291,6 +345,11 @@ def run(sizes: list[int], incumbents: int, scratch: Path, keep: Callable[[dict[s
         for job in jobs:
             measure(job, rows, data, place, size)
         shutil.rmtree(place)
+    for rows in mixed:
+        place = scratch / f"mixed-{rows}"
+        size = write_sources(place / "data", rows)
+        measure("guidetune_mix", rows, place / "data", place, size)
+        shutil.rmtree(place)
 
 
 def growth(entries: list[dict[str, Any]], job: str, field: str) -> float | None:
@@ -306,6 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="20,000 and 80,000 rows")
     parser.add_argument("--rows", type=int, nargs="+", help="other sizes")
+    parser.add_argument("--mixed", type=int, nargs="*", help="other sizes of the rows of 20 sources (none: leave them out)")
     parser.add_argument("--incumbents", type=int, metavar="ROWS", help="the size at which they are measured (default: the first; 0: none)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there; those of other sizes in it stay")
     parser.add_argument("--scratch", type=Path, help="folder for the rows (default: a temporary one)")
@@ -316,6 +376,7 @@ def main() -> None:
         print(json.dumps(JOBS[job](*map(Path, places))))
         return
     sizes = options.rows or ([20_000, 80_000] if options.quick else [50_000, 500_000, 2_000_000])
+    mixed = options.mixed if options.mixed is not None else [20_000] if options.quick else [] if options.rows else [50_000, 1_000_000]
     incumbents = sizes[0] if options.incumbents is None else options.incumbents
     entries: list[dict[str, Any]] = json.loads(options.json.read_text())["measurements"] if options.json and options.json.exists() else []
 
@@ -327,14 +388,14 @@ def main() -> None:
             options.json.write_text(json.dumps(report(entries), indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="prepare-") as scratch:
-        run(sizes, incumbents, Path(scratch), keep)
+        run(sizes, mixed, incumbents, Path(scratch), keep)
     print("growth of the peaks in bytes per row:", json.dumps(report(entries)["growth"]))
 
 
 def report(entries: list[dict[str, Any]]) -> dict[str, Any]:
     from importlib.metadata import version
 
-    jobs, fields = ("guidetune_prepare", "guidetune_read"), ("peak_anonymous_mb", "peak_resident_mb")
+    jobs, fields = ("guidetune_prepare", "guidetune_mix", "guidetune_read"), ("peak_anonymous_mb", "peak_resident_mb")
     return {
         "machine": {"python": platform.python_version(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("tokenizers", "transformers", "pyarrow", "datasets", "trl")},

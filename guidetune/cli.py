@@ -331,26 +331,43 @@ def data(
     recipe: RecipeFile,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Rows to show token by token.")] = 3,
     export: Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Write the encoded rows as JSON lines.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")] = None,
+    max_dropped: Annotated[
+        str | None, typer.Option("--max-dropped", metavar="N", help="Fail when more rows have a fault: 10 rows, or 0.01 of them.")
+    ] = None,
+    max_leaks: Annotated[str | None, typer.Option("--max-leaks", metavar="N", help="Fail when more rows have a test prompt.")] = None,
+    max_duplicates: Annotated[
+        str | None, typer.Option("--max-duplicates", metavar="N", help="Fail when more rows nearly repeat an earlier one.")
+    ] = None,
     sets: Sets = None,
     out: Out = None,
 ) -> None:
     """Audit the data of a recipe.
 
-    What became of every row, the tokens that are learnt, lengths, stop tokens, duplicates and leaks.
+    What each operation did, what became of every row, the tokens that are learnt, lengths, stop tokens, duplicates, leaks, labels,
+    languages and diversity. A limit that is passed is exit code 2.
     """
+    given = {"dropped": max_dropped, "leaks": max_leaks, "duplicates": max_duplicates}
+    limits = {name: _limit(f"--max-{name}", text) for name, text in given.items()}
     loaded = _load(recipe, sets)
     from guidetune import pipeline
 
     place = _out(out, loaded)
     folder = pipeline.prepare_data(loaded, place).path
-    from guidetune.data import view
+    from guidetune.data import figures, view
 
     guidance = _guidance_of(place, folder)
-    _print(view.audit(folder, show=show, guidance=guidance, test_texts=_test_prompts(loaded)))
+    found = figures.figures(folder, _test_prompts(loaded))
+    _print(view.audit(folder, show=show, guidance=guidance, found=found))
+    if json is not None:
+        from guidetune.artefacts import write_json
+
+        write_json(json, found)
     if export is not None:
         count = view.export(folder, export, guidance)
         print(f"{count:,} rows written to {export}")
     print(f"data: {folder}")
+    figures.check(found, limits)
 
 
 @app.command()
@@ -369,6 +386,24 @@ def guide(
     from guidetune import pipeline
 
     _print(pipeline.guide(loaded, _out(out, loaded), export=export))
+
+
+@app.command()
+@verb
+def score(
+    recipe: RecipeFile,
+    export: Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Write id and scores as JSON lines.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Only the scores of a recipe's rows.
+
+    A histogram of each score in data.scores, and the phases that tune.phases makes of them.
+    """
+    loaded = _load(recipe, sets)
+    from guidetune import pipeline
+
+    _print(pipeline.score(loaded, _out(out, loaded), export=export))
 
 
 @app.command()
@@ -875,6 +910,19 @@ def _guidance_of(run: Path, data: Path) -> Any:
         return None
     guidance = Guidance.open(folder)
     return guidance if len(guidance) == len(EncodedRows.open(data)) else None
+
+
+def _limit(option: str, text: str | None) -> int | float | None:
+    """A number of rows, or a share of them when it has a decimal point."""
+    if text is None:
+        return None
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = -1
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise BadInput(f"{option} {text}: a number of rows (0, 10), or a share of them with a decimal point (0.01)")
+    return value
 
 
 def _test_prompts(recipe: Recipe) -> list[str] | None:

@@ -115,6 +115,12 @@ class KeyTable:
         out[order] = rank + np.repeat(before, sizes)
         return out
 
+    def first(self, keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """For each key the number it was first given with (by this call or an earlier one), int64 [n]; `numbers`: int [n]."""
+        slots, new = self.insert(keys)
+        self._table[slots[new], self.words] = numbers[new].astype(np.uint64)
+        return self._table[slots, self.words].astype(np.int64)
+
     def close(self) -> None:
         """Give the scratch file back."""
         self._table = np.zeros((0, self.width), dtype=np.uint64)

@@ -1,4 +1,7 @@
-"""The account of every input row: used, cut or dropped with its reason. `read == used + sum(dropped)`."""
+"""The account of every row: used, cut or dropped with its reason. `read + made == used + sum(dropped)`.
+
+`made` are rows that an operation made of others (a second verbalisation, a repeated draw): their lines name the row they are `of`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ FILE, LINES = "ledger.json", "ledger.jsonl"
 _EXAMPLES = 3
 _COUNTS = (
     "read",
+    "made",
     "used",
     "cut",
     "tokens",
@@ -35,6 +39,7 @@ _COUNTS = (
 @dataclass
 class _Tally:
     read: int = 0
+    made: int = 0
     used: int = 0
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -64,11 +69,15 @@ class Ledger:
     def read(self, source: str, rows: int = 1) -> None:
         self._sources[source].read += rows
 
-    def drop(self, id: str, source: str, line: int, reason: str, why: str) -> None:
+    def made(self, source: str) -> None:
+        """A row more, made of one of the source's."""
+        self._sources[source].made += 1
+
+    def drop(self, id: str, source: str, line: int, reason: str, why: str, of: str = "") -> None:
         self._sources[source].dropped[reason] += 1
         self._example(reason, id, source, line, why)
         values = {"id": id, "source": source, "line": line, "outcome": "dropped", "reason": reason, "why": why, "tokens_cut": 0}
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(values | ({"of": of} if of else {}), ensure_ascii=False) + "\n")
 
     def use(self, records: Sequence[Record], encoded: Sequence[Encoded], cut: Sequence[int], control: Sequence[str | None]) -> None:
         """Rows that are used: `cut` are the tokens taken out of each, `control` the control token that its own text holds."""
@@ -77,9 +86,10 @@ class Ledger:
         for k, (record, count) in enumerate(zip(records, cut, strict=True)):
             of_source.setdefault(record.source, []).append(k)
             outcome = '"cut", "reason": "longer than max_length"' if count else '"used", "reason": null'
+            of = f', "of": {quoted(record.of)}' if record.of else ""
             lines.append(
                 f'{{"id": {quoted(record.id)}, "source": {quoted(record.source)}, "line": {record.line}, '
-                f'"outcome": {outcome}, "tokens_cut": {count}}}\n'
+                f'"outcome": {outcome}, "tokens_cut": {count}{of}}}\n'
             )
             if control[k] is not None:
                 self._sources[record.source].control_text += 1

@@ -10,14 +10,18 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted_ascii
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from guidetune import registry
+from guidetune.data import sources
 from guidetune.data.keys import KeyTable, key_array
 from guidetune.data.sources import Broken, SourceSpec
 from guidetune.errors import BadInput
@@ -55,11 +59,21 @@ _ROLES = {
 _PLAIN_ROLES = ("user", "assistant", "system", "tool")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("query", "response"), ("question", "answer"))
 _OPTION_COLUMNS = ("options", "choices", "context", "passage")
+_OWN = ("id", "source", "phase", "weight", "line", "origin")
+UNREAD = "unread"
+"""Key in `meta` of a row that no shape fits: why. An operation that renders rows may still make a conversation of its columns."""
+_READ = 256  # rows that are normalised at a time
+_DEEPEST = 32  # levels of lists and objects in a column
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation. `messages` are {"role", "content"} with an optional "train"; `line` is its place in its source."""
+    """One conversation. `messages` are {"role", "content"} with an optional "train"; `line` is its place in its source.
+
+    `fields` are the columns of the row that an operation asked for, and the source's own `columns` and `tags` (category, language,
+    level, references, …). A score that was never computed is not in `scores`; NaN is a number that a scorer gave. `of` is the id of
+    the row that was read, where an operation made this one from it.
+    """
 
     id: str
     source: str
@@ -67,6 +81,37 @@ class Record:
     line: int = 0
     weight: float = 1.0
     meta: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    phase: int = 0
+    of: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The id of the row that was read."""
+        return self.of or self.id
+
+    def value(self, name: str) -> Any:
+        """A score, a column (or a path into one: `options[A]`), or `id`, `source`, `phase`, `weight`, `user`, `assistant`, `system`.
+
+        None: the row has no such value. Of several turns of a role the last is meant, and the first of `system`.
+        """
+        if name in self.scores:
+            return self.scores[name]
+        if name in _PLAIN_ROLES and self.messages:  # what the row says now, not a column of that name it was made from
+            turns = self.messages if name == "system" else self.messages[::-1]
+            return next((m["content"] for m in turns if m["role"] == name), None)
+        if name in self.fields:
+            return self.fields[name]
+        if name in _OWN:
+            return getattr(self, name)
+        return self.meta[name] if name in self.meta else _lookup(self.fields, name)
+
+    def kept(self) -> tuple[Any, ...]:
+        """Every field, in order: what makes the same record again."""
+        return (
+            self.id, self.source, self.messages, self.line, self.weight, self.meta, self.fields, self.scores, self.phase, self.of
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,29 +206,71 @@ def normalise(raw: Mapping[str, Any], spec: SourceSpec, source: str, line: int, 
 
 
 def normalise_many(
-    rows: Sequence[tuple[int, Mapping[str, Any] | Broken]], spec: SourceSpec, source: str, identifiers: Identifiers
+    rows: Sequence[tuple[int, Mapping[str, Any] | Broken]],
+    spec: SourceSpec,
+    source: str,
+    identifiers: Identifiers,
+    columns: Collection[str] = (),
+    rendered: bool = False,
 ) -> list[Record | Dropped]:
-    """(line, row) of one source as records, or why not; in order."""
+    """(line, row) of one source as records, or why not; in order.
+
+    Args:
+        columns: columns of the rows to keep in `fields` where a row has them.
+        rendered: an operation will write the conversations: a row without a map that fits no shape is kept with its columns.
+    """
     out: list[Any] = []
     good, owns, contents = [], [], []
     mapped = bool(spec.map.keys() - {"id"})
+    plain = not (columns or spec.columns or spec.tags)
     for line, raw in rows:
         if isinstance(raw, Broken):
             out.append(Dropped(raw.reason, raw.detail))
             continue
         try:
-            messages, trimmed = _conversation(raw, spec, mapped)
+            fields = {} if plain else _fields(raw, spec, columns)
+            try:
+                messages, trimmed = _conversation(raw, spec, mapped)
+                meta, content = {"trimmed_turns": trimmed} if trimmed else {}, content_key(messages)
+            except _Bad as bad:
+                if not rendered or mapped:
+                    raise
+                messages, meta = [], {UNREAD: [bad.reason, bad.detail]}
+                content = json.dumps(_plain(raw, ""), sort_keys=True)
         except _Bad as bad:
             out.append(Dropped(bad.reason, bad.detail))
             continue
         good.append(len(out))
         owns.append(_lookup(raw, spec.map["id"]) if "id" in spec.map else next((raw[k] for k in ("id", "unique_id") if k in raw), None))
-        contents.append(content_key(messages))
-        out.append((messages, line, {"trimmed_turns": trimmed} if trimmed else {}))
+        contents.append(content)
+        out.append((messages, line, meta, fields))
     for place, id in zip(good, identifiers.give_many(source, owns, contents), strict=True):
-        messages, line, meta = out[place]
-        out[place] = Record(id, source, messages, line, spec.weight, meta)
+        messages, line, meta, fields = out[place]
+        out[place] = Record(id, source, messages, line, spec.weight, meta, fields)
     return out
+
+
+def _fields(raw: Mapping[str, Any], spec: SourceSpec, columns: Collection[str]) -> dict[str, Any]:
+    """The columns to keep of a row, its source's own columns and tags: text, numbers, lists and objects of them."""
+    out = {name: _plain(raw[name], name) for name in columns if name in raw}
+    for name, how in spec.columns.items():
+        value = raw[how] if how in raw else _fill(how, raw) if "{" in how else _lookup(raw, how)
+        if value is not None:
+            out[name] = _plain(value, name)
+    return {**out, **spec.tags}
+
+
+def _plain(value: Any, name: str, depth: int = 0) -> Any:
+    """A value as JSON has it; what JSON does not know (dates, decimals) as text."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if depth == _DEEPEST:
+        raise _Bad(NOT_TEXT, f"{name} is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, name, depth + 1) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, name, depth + 1) for part in value]
+    return str(value)
 
 
 def _conversation(raw: Mapping[str, Any], spec: SourceSpec, mapped: bool) -> tuple[list[dict[str, Any]], int]:
@@ -197,13 +284,63 @@ def _conversation(raw: Mapping[str, Any], spec: SourceSpec, mapped: bool) -> tup
     return _checked(messages)
 
 
-def understood(raw: Mapping[str, Any], spec: SourceSpec) -> bool:
-    """The row's columns fit the map or a known shape (whatever is in them)."""
+def load(
+    spec: SourceSpec, root: Path, columns: Collection[str] = (), rendered: bool = False, identifiers: Identifiers | None = None
+) -> Iterator[tuple[int, Record | Dropped]]:
+    """(line, record or why there is none) of every row of one source, in order."""
+    rows, identifiers, source = sources.read(spec, root), identifiers or Identifiers(), spec.label
+    while chunk := list(islice(rows, _READ)):
+        made = normalise_many(chunk, spec, source, identifiers, columns, rendered)
+        yield from zip([line for line, _ in chunk], made, strict=True)
+
+
+def understood(raw: Mapping[str, Any], spec: SourceSpec, columns: Collection[str] = ()) -> bool:
+    """The row's columns fit the map or a known shape (whatever is in them), or it has one of the `columns` to render it from."""
+    if not spec.map and any(column in raw for column in columns):
+        return True
     try:
         _ = _mapped(raw, spec.map) if spec.map.keys() - {"id"} else _shaped(raw)
     except _Bad as bad:
         return bad.reason != WRONG_COLUMNS
     return True
+
+
+def absent_columns(first: Sequence[Mapping[str, Any]], spec: SourceSpec) -> list[str]:
+    """One line for each of the source's `columns` that none of its first rows has."""
+    if not first:
+        return []
+    missing = []
+    for name, how in spec.columns.items():
+        if "{" not in how and all(raw.get(how) is None and _lookup(raw, how) is None for raw in first):
+            found = list(dict.fromkeys(str(column) for raw in first for column in raw))
+            missing.append(f"columns: {name}: no {how!r} in the first {len(first)} rows{registry.nearest(how, found)}")
+        elif "{" in how:
+            slots(how)
+    return missing
+
+
+def number_of(value: Any) -> float | None:
+    """A number, or text that is one (scores in released files often are); None for anything else. NaN is a number."""
+    if isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value.strip())
+        except ValueError:
+            return None
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:
+        return None
+
+
+def held(value: Any) -> int:
+    """About how many characters a value holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(held(part) for part in value.values())
+    return sum(held(part) for part in value) if isinstance(value, (list, tuple)) else 8
 
 
 def explain_columns(spec: SourceSpec, columns: list[str]) -> BadInput:
@@ -286,18 +423,34 @@ def _value(raw: Mapping[str, Any], how: str) -> Any:
     return _lookup(raw, how, required=True)
 
 
-def _fill(template: str, raw: Mapping[str, Any]) -> str:
-    out = []
+@lru_cache(maxsize=1024)
+def slots(template: str) -> tuple[tuple[str, str | None], ...]:
+    """The parts of a text with {columns} in it: (literal text, column after it or None).
+
+    Raises:
+        BadInput: braces that do not belong together, or something else than a column in them.
+    """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise BadInput(f"map: {template!r}: {error}; write {{{{ and }}}} for braces that are text") from None
-    for literal, name, spec, conversion in parts:
+        raise BadInput(f"{template!r}: {error}; write {{{{ and }}}} for braces that are text") from None
+    for _, name, spec, conversion in parts:
+        if name is not None and (not name or spec or conversion):
+            raise BadInput(f"{template!r}: a part in braces is a column, such as {{question}} or {{options[A]}}")
+    return tuple((literal, name) for literal, name, _, _ in parts)
+
+
+def column_of(path: str) -> str:
+    """The column that a path such as `options[A]` goes into."""
+    return re.split(r"[.\[]", path, maxsplit=1)[0] or path
+
+
+def _fill(template: str, raw: Mapping[str, Any]) -> str:
+    out = []
+    for literal, name in slots(template):
         out.append(literal)
         if name is None:
             continue
-        if not name or spec or conversion:
-            raise BadInput(f"map: {template!r}: a part in braces is a column, such as {{question}} or {{options[A]}}")
         value = _lookup(raw, name, required=True)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise _Bad(NOT_TEXT, f"{name} is {_kind(value)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from guidetune.artefacts import atomic_lines, read_json
 from guidetune.data import ledger as ledger_files
-from guidetune.data.prepare import TOKENIZER, leaks
+from guidetune.data.figures import figures
+from guidetune.data.prepare import TOKENIZER
 from guidetune.data.rows import EncodedRow, EncodedRows
 from guidetune.errors import BadInput
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _CONTEXT = 6  # tokens before a token that its text may depend on
 _LONGEST = 1200  # tokens of one row that are shown
+_MEMBERS = 24  # members of a mix, values of a column that are shown
+_UNEVEN = 0.6  # balance of labels below which they are called uneven
 
 
 class TokenTexts:
@@ -102,8 +105,16 @@ def _visible(word: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in word)
 
 
-def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_texts: Iterable[str] | None = None) -> Group:
-    """Ledger, lengths, stop tokens, duplicates, leaks (with `test_texts`) and the first `show` rows, for a terminal.
+def audit(
+    folder: Path,
+    show: int = 3,
+    guidance: Guidance | None = None,
+    test_texts: Iterable[str] | None = None,
+    found: Mapping[str, Any] | None = None,
+) -> Group:
+    """What each operation did, ledger, lengths, stop tokens, duplicates, leaks (with `test_texts`), shares and the first `show` rows.
+
+    `found` are the folder's `figures`, where they are known already.
 
     Raises:
         BadInput: the folder holds no prepared data.
@@ -114,7 +125,12 @@ def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_te
     folder = Path(folder)
     rows = EncodedRows.open(folder)
     totals = read_json(folder / ledger_files.FILE)
+    found = figures(folder, test_texts) if found is None else found
     parts: list[Any] = [ledger_table(totals)]
+    if totals.get("operations"):
+        parts.append(steps_table(totals["operations"]))
+        for part in totals["operations"]:
+            parts += _step_lines(part, show)
     for reason, count in totals["dropped"].items():
         line = Text(f"dropped {count:,}: {reason}", style="yellow")
         for example in totals["examples"].get(reason, []):
@@ -129,12 +145,15 @@ def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_te
         parts.append(Text(f"rows whose own text is read as a control token: {totals['control_text']:,} (e.g. {why})", style="yellow"))
     if totals["trimmed_turns"]:
         parts.append(Text(f"turns after the last answer, left out: {totals['trimmed_turns']:,}"))
-    same = rows.duplicates
+    same = found["duplicates"]
     parts.append(Text(f"exact duplicates of an earlier row: {same:,}", style="yellow" if same else ""))
-    if test_texts is not None:
-        found = leaks(folder, test_texts)
-        parts.append(Text(f"rows with a prompt of the test set: {found.rows:,}", style="red" if found.rows else ""))
-        parts += [Text(f"  {leak.id}: {leak.text[:100]}", style="dim") for leak in found.examples]
+    if (near := found["near_duplicates"]) is not None:
+        parts.append(Text(f"exact and near-duplicates of an earlier row: {near['rows']:,}", style="yellow" if near["rows"] else ""))
+        parts += [Text(f"  {pair['id']} of {pair['of']}: {_one_line(pair['text'])}", style="dim") for pair in near["examples"]]
+    if (leaky := found.get("leaks")) is not None:
+        parts.append(Text(f"rows with a prompt of the test set: {leaky['rows']:,}", style="red" if leaky["rows"] else ""))
+        parts += [Text(f"  {leak['id']}: {_one_line(leak['text'])}", style="dim") for leak in leaky["examples"]]
+    parts += _share_lines(found)
     parts += [Text(f"note: {note}") for note in totals.get("template", {}).get("notes", [])]
     texts = TokenTexts(folder) if show else None
     for k in range(min(show, len(rows))):
@@ -142,18 +161,95 @@ def audit(folder: Path, show: int = 3, guidance: Guidance | None = None, test_te
     return Group(*parts)
 
 
-def ledger_table(totals: dict[str, Any]) -> Table:
-    """Read, used, cut and dropped rows of each source."""
+def steps_table(operations: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows before and after each operation, in order."""
     from rich.table import Table
+
+    table = Table(title="operations", title_justify="left")
+    table.add_column("operation")
+    for name in ("rows in", "made", "dropped", "rows out"):
+        table.add_column(name, justify="right")
+    table.add_column("why")
+    for part in operations:
+        why = ", ".join(f"{n:,} {reason}" for reason, n in part["dropped"].items())
+        numbers = (part["in"], part["made"], sum(part["dropped"].values()), part["out"])
+        table.add_row(part["method"], *(f"{n:,}" for n in numbers), why)
+    return table
+
+
+def _step_lines(part: Mapping[str, Any], show: int) -> list[Text]:
+    """The figures that an operation noted, and what it did to its first rows."""
+    from rich.text import Text
+
+    lines = []
+    for name, value in part["facts"].items():
+        if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
+            lines.append(Text(f"{part['method']}: {name}"))
+            lines += [Text(f"  {key}: {_facts(inner)}", style="dim") for key, inner in list(value.items())[:_MEMBERS]]
+            if len(value) > _MEMBERS:
+                lines.append(Text(f"  and {len(value) - _MEMBERS} more, in ledger.json", style="dim"))
+        elif value not in ({}, [], None):
+            lines.append(Text(f"{part['method']}: {name}: {_facts(value)}"))
+    for example in part["examples"][: min(show, 1)]:
+        lines.append(Text(f"{part['method']}: row {example['id']}"))
+        for what in ("before", "after"):
+            turns = " ‖ ".join(f"{role}: {_one_line(text)}" for role, text in example[what]) or "(no conversation yet)"
+            lines.append(Text(f"  {what}: {turns}", style="dim"))
+    return lines
+
+
+def _facts(value: Any) -> str:
+    """Figures in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_facts(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_facts(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _one_line(text: str, longest: int = 100) -> str:
+    text = _visible(" ".join(text.split()))
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def _share_lines(found: Mapping[str, Any]) -> list[Text]:
+    """Labels, languages, columns and diversity."""
+    from rich.text import Text
+
+    def said(shares: Mapping[str, float]) -> str:
+        shown = [f"{name} {100 * share:.3g} %" for name, share in list(shares.items())[:_MEMBERS]]
+        return ", ".join(shown) + (f" and {len(shares) - _MEMBERS} more" if len(shares) > _MEMBERS else "")
+
+    lines = []
+    for source, part in found["labels"].items():
+        uneven = part["balance"] < _UNEVEN
+        counts = ", ".join(f"{_one_line(label, 20)} {n:,}" for label, n in part["counts"].items())
+        text = f"labels of {source}: {part['labels']} ({counts}); balance {part['balance']:.2f} of 1"
+        lines.append(Text(f"{text}: very uneven" if uneven else text, style="yellow" if uneven else ""))
+    lines += [Text(f"{name}: {said(shares)}") for name, shares in found["columns"].items()]
+    if found["languages"]:
+        lines.append(Text(f"languages: {said(found['languages'])}"))
+    diversity = found["diversity"]
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in diversity.items() if isinstance(value, float))
+    if shown:
+        lines.append(Text(f"diversity of {diversity['of_rows']:,} rows: {shown}"))
+    return lines
+
+
+def ledger_table(totals: dict[str, Any]) -> Table:
+    """Read, made, used, cut and dropped rows of each source."""
+    from rich.table import Table
+
+    made = totals.get("made", 0)
 
     table = Table(title="rows", title_justify="left")
     table.add_column("source")
-    for name in ("read", "used", "of which cut", "dropped", "tokens", "learnt"):
+    for name in ("read", *(["made"] if made else []), "used", "of which cut", "dropped", "tokens", "learnt"):
         table.add_column(name, justify="right")
     sources = totals["sources"]
     for name, tally in [*sources.items(), *([("all", totals)] if len(sources) > 1 else [])]:
-        numbers = (tally["read"], tally["used"], tally["cut"], sum(tally["dropped"].values()), tally["tokens"], tally["supervised_tokens"])
-        table.add_row(name, *(f"{n:,}" for n in numbers))
+        numbers = [tally["read"], tally["used"], tally["cut"], sum(tally["dropped"].values()), tally["tokens"], tally["supervised_tokens"]]
+        table.add_row(name, *(f"{n:,}" for n in [*numbers[:1], *([tally["made"]] if made else []), *numbers[1:]]))
     return table
 
 

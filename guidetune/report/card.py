@@ -142,11 +142,13 @@ def _data(results: Mapping[str, Any]) -> str:
     ledger = mapping(results.get("ledger"))
     if not ledger:
         return "The results hold no data ledger.\n"
-    lines = ["| source | read | used | of these shortened | dropped |", "|---|---:|---:|---:|---:|"]
+    keys = ("read", *(("made",) if numbers.finite(ledger.get("made")) else ()), "used", "cut")
+    head = ["source", *(key.replace("cut", "of these shortened") for key in keys), "dropped"]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(keys) + 1)}"]
     for name, part in [*mapping(ledger.get("sources")).items(), ("**all**", ledger)]:
         dropped = sum(int(numbers.finite(n) or 0) for n in mapping(mapping(part).get("dropped")).values())
         shown = name if name == "**all**" else markdown_text(str(name))
-        lines.append(f"| {shown} | {' | '.join(numbers.count(mapping(part).get(key)) for key in ('read', 'used', 'cut'))} | {dropped:,} |")
+        lines.append(f"| {shown} | {' | '.join(numbers.count(mapping(part).get(key)) for key in keys)} | {dropped:,} |")
     reasons = "; ".join(f"{markdown_text(str(reason))}: {numbers.count(n)}" for reason, n in mapping(ledger.get("dropped")).items())
     tail = f"\nDropped because: {reasons}.\n" if reasons else ""
     guidance = mapping(results.get("guidance"))

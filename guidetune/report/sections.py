@@ -77,6 +77,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "transfer": _transfer(arms),
         "costs": _costs(run, results, arms),
         "budget": _budget(results),
+        "phases": _phases(arms),
         "recipe": _recipe(run, results),
         "versions": list(_leaves(mapping(results.get("versions")))),
         "machine": list(_leaves(mapping(results.get("machine")))),
@@ -304,6 +305,17 @@ def _budget(results: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rows": rows, "equal": equal if isinstance(equal, bool) else None} if rows else None
 
 
+def _phases(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]] | None:
+    """A line for each phase of each arm: what it was, and the means of the model after it."""
+    keys = ("rows", "supervised_tokens", "steps", "score_low", "score_high", "lr", "epochs", "loss_last", "task_mean", "general_mean")
+    rows = [
+        (str(name), f"{place}. {mapping(phase).get('name', '')}", *(numbers.finite(mapping(phase).get(key)) for key in keys))
+        for name, arm in arms.items()
+        for place, phase in enumerate(arm.get("phases") or [], 1)
+    ]
+    return rows or None
+
+
 def _markup(svg: str) -> Any:
     from markupsafe import Markup
 
@@ -452,7 +464,7 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         dropped = mapping(part.get("dropped"))
         return {
             "name": name,
-            **{key: part.get(key) for key in ("read", "used", "cut")},
+            **{key: part.get(key) for key in ("read", "made", "used", "cut")},
             "dropped": sum(numbers.finite(n) or 0 for n in dropped.values()),
         }
 
@@ -469,7 +481,9 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         (_words(key), value) for key in ("tokens_cut", "appended_eos", "trimmed_turns") if (value := numbers.finite(ledger.get(key)))
     ]
     read, used = numbers.finite(ledger.get("read")), numbers.finite(ledger.get("used"))
+    made = numbers.finite(ledger.get("made")) or 0
     total = row("all", ledger)
+    steps = [mapping(step) for step in ledger.get("operations") or []]
     return {
         "sources": [row(str(name), mapping(part)) for name, part in mapping(ledger.get("sources")).items()],
         "total": total,
@@ -480,7 +494,16 @@ def _ledger(run: Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
         "supervised": ledger.get("supervised_tokens"),
         "stops": ledger.get("ends_with_stop"),
         "used": used,
-        "unaccounted": None if read is None or used is None else int(read - used - total["dropped"]),
+        "unaccounted": None if read is None or used is None else int(read + made - used - total["dropped"]),
+        "made": made,
+        "operations": [
+            {
+                "name": str(step.get("method")),
+                **{key: step.get(key) for key in ("in", "made", "out")},
+                "dropped": sum(numbers.finite(n) or 0 for n in mapping(step.get("dropped")).values()),
+            }
+            for step in steps
+        ],
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guidetune import pipeline
-from guidetune.comparison.budget import Budget, differences
+from guidetune.comparison.budget import Budget, differences, total
 from guidetune.errors import BadInput
 from guidetune.recipe import load
 from tests.pipeline.conftest import _pair, place  # noqa: F401
@@ -22,6 +22,13 @@ def test_what_makes_budgets_differ() -> None:
         "the budgets differ: arm d has 12 rows instead of 24, 6 steps instead of 3 (arm a)",
     ]
     assert differences({}) == differences({"a": Budget(1, 1, 1)}) == []
+    # batches that end a phase early are steps more on the same rows, as long as they are few
+    assert differences({"a": Budget(1000, 1200, 60, 0), "b": Budget(1000, 1200, 62, 6), "c": Budget(1000, 1200, 66, 6)}) == []
+    assert differences({"a": Budget(1000, 1200, 60, 0), "b": Budget(1000, 1200, 67, 8), "c": Budget(1000, 1200, 61, 0)}) == [
+        "the budgets differ: arm b has 67 steps instead of 60 (arm a)",
+        "the budgets differ: arm c has 61 steps instead of 60 (arm a)",
+    ]
+    assert total([Budget(10, 4, 2, 1), Budget(5, 2, 1, 0)]) == Budget(15, 6, 3, 1) and total([]) == Budget(0, 0, 0)
 
 
 def test_unequal_budgets_are_refused_or_marked(place: Path) -> None:  # noqa: F811

@@ -532,3 +532,16 @@ def test_the_frontier_is_what_nobody_beats() -> None:
     }
     assert frontier(points) == ["sft", "gift", "same as gift", "instruct"]
     assert frontier({"a": (1.0, 1.0), "b": (0.9, 0.9)}) == ["a"]
+
+
+def test_the_ledger_counts_rows_that_operations_made() -> None:
+    from guidetune.report import sections
+
+    ledger = {
+        "read": 10, "made": 4, "used": 11, "dropped": {"not drawn": 3}, "sources": {},
+        "operations": [{"method": "mix", "in": 10, "made": 4, "dropped": {"not drawn": 3}, "out": 11}],
+    }  # fmt: skip
+    part = sections._ledger(Path(), {"ledger": ledger})
+    assert part is not None and part["unaccounted"] == 0 and part["total"]["made"] == 4
+    assert part["operations"] == [{"name": "mix", "in": 10, "made": 4, "out": 11, "dropped": 3}]
+    assert sections._ledger(Path(), {"ledger": {**ledger, "made": 3}})["unaccounted"] == -1  # type: ignore[index]

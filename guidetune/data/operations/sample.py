@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from guidetune.artefacts import derive_seed
+from guidetune.data.draws import TOP, Smallest, number
 from guidetune.data.operations import Operation, OperationContext, Rows
 from guidetune.data.records import Record
 from guidetune.registry import method
@@ -19,6 +18,8 @@ class Sample(Operation):
 
     n: int | None = Field(None, gt=0, description="Number of rows to keep (all, when there are fewer).")
     fraction: float | None = Field(None, gt=0, le=1, description="Share of the rows to keep; each row is drawn on its own.")
+
+    chooses = True
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Sample:
@@ -32,10 +33,10 @@ class Sample(Operation):
         Memory: 16 bytes for each of the n rows that stay, none for the others.
         """
         if self.fraction is not None:
-            limit = int(self.fraction * 2**63)
+            limit = int(self.fraction * TOP)
         else:
             assert self.n is not None
-            limit = _nth((_number(context.seed, record) for record in rows), self.n)
+            limit = Smallest(self.n, (_number(context.seed, record) for record in rows)).limit
         for record in rows:
             if _number(context.seed, record) < limit:
                 yield record
@@ -43,18 +44,5 @@ class Sample(Operation):
                 context.drop(record, "not sampled", f"sample {self.n if self.n is not None else self.fraction}")
 
 
-def _nth(numbers: Iterable[int], n: int) -> int:
-    """The (n + 1)-th smallest number; 2^63 when there are not as many."""
-    room = max(2 * (n + 1), 1 << 16)
-    held, count = np.empty(room, dtype=np.int64), 0
-    for number in numbers:
-        if count == room:
-            held.partition(n)
-            count = n + 1
-        held[count] = number
-        count += 1
-    return int(np.partition(held[:count], n)[n]) if n < count else 2**63
-
-
 def _number(seed: int, record: Record) -> int:
-    return derive_seed(seed, "sample", record.id)
+    return number(seed, "sample", record.id)
