@@ -370,6 +370,24 @@ def guide(
 
 @app.command()
 @verb
+def score(
+    recipe: RecipeFile,
+    export: Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Write id and scores as JSON lines.")] = None,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Only the scores of a recipe's rows.
+
+    A histogram of each score in data.scores, and the phases that tune.phases makes of them.
+    """
+    loaded = _load(recipe, sets)
+    from guidetune import pipeline
+
+    _print(pipeline.score(loaded, _out(out, loaded), export=export))
+
+
+@app.command()
+@verb
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.", show_default=False)],
     out: Annotated[

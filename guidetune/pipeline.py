@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from guidetune.evaluation.evaluate import EvalSettings, Planned
     from guidetune.guidance import Guidance
     from guidetune.models.handle import ModelHandle
+    from guidetune.phases import Phase
     from guidetune.recipe import Evaluate, Recipe
     from guidetune.weightspace.apply import Plan
     from guidetune.weightspace.sources import Delta
@@ -241,6 +242,20 @@ def _untuned(recipe: Recipe) -> Recipe:
     from guidetune.recipe import arms
 
     return arms(recipe, [REFERENCE])[REFERENCE]
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """One run of the training loop: all rows, or those of a phase."""
+
+    rows: EncodedRows
+    settings: TuneSettings
+    guidance: Mapping[str, Guidance]
+    validation: EncodedRows | None
+    estimate: dict[str, Any] | None
+    start: StageResult | None = None  # the phase before, whose weights it begins with
+    course: tuple[int, int] | None = None  # with the optimiser carried over: (steps before, steps of all phases)
+    label: str = "tune"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,7 +472,9 @@ class _Job:
         for name, arm in arms.items():
             if arm.tune is not None:
                 try:
-                    found[name] = budget.of(arm.tune.settings(), self.prepare(arm)[1])
+                    rows = self.prepare(arm)[1]
+                    parts = [(phase.settings, rows.take(phase.rows)) for phase in self.phases(arm)] if arm.tune.phases else []
+                    found[name] = budget.total(budget.of(*part) for part in parts or [(arm.tune.settings(), rows)])
                 except (BadInput, RunFailed, OSError, RuntimeError, ValueError, MemoryError):
                     continue
         return found
@@ -659,6 +676,7 @@ class _Job:
             cut_answer=data.cut_answer,
             max_dropped=data.max_dropped,
             seed=arm.seed,
+            keep=sorted({column for scorer in _scorers(arm).values() for column in scorer.columns}) if split == "train" else [],
             loss_on=data.loss_on,
         )
         operations = [o for o in data.operations if split == "train" or getattr(o, "renders", False)]
@@ -666,7 +684,7 @@ class _Job:
         if key not in self._rows:
             folder = self._place(self.out / ("data" if split == "train" else "validation"), key)
             group = _group()
-            done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root))
+            done = group.once(lambda: prepare(specs, operations, self.chat, settings, folder, arm.root, self.recipe.models.model_dump()))
             if split == "train" and group.main and not self.ordered:
                 if not self.ledger:
                     self.ledger = read_json(done.path / "ledger.json")
@@ -708,6 +726,72 @@ class _Job:
             say(f"note: max_length {asked} is longer than the model's context; rows are held to {context} tokens", level=1)
             return int(context)
         return asked
+
+    # -- score --------------------------------------------------------------------------------------------------------
+
+    def score(self, arm: Recipe, name: str) -> StageResult:
+        """The side table of one score of the arm's rows; computed once for the same scorer, models and rows, in any run beside this one."""
+        from guidetune.data.prepare import COLUMNS, read_records
+        from guidetune.data.side import SideTable
+        from guidetune.scorers import ScoreContext, score
+
+        scorer = _scorers(arm)[name]
+        folder, rows = self.prepare(arm)
+        tokens = max([arm.guide.batch_tokens, *(self._guide_tokens(arm, model) for model in scorer.models)])
+        stores: dict[str, Guidance] = {teacher: self.guide(arm, teacher) for teacher in scorer.teachers}
+        key = {
+            "stage": "score",
+            "version": ENGINE_VERSION,
+            "scorer": scorer.deciding(),
+            "code": digest_file(source_file(type(scorer))),
+            "rows": rows.digest,
+            "texts": digest_file(folder / "records.jsonl"),
+            "columns": digest_file(folder / COLUMNS) if scorer.columns else None,
+            "chat": self.chat.digest if scorer.uses_chat else None,
+            "models": {model: self._fingerprint(model) for model in scorer.models},
+            "guidance": {teacher: self._fingerprint(teacher) for teacher in scorer.teachers},
+        }
+        held: dict[str, Any] = {}
+
+        def open_model(model: str) -> Any:
+            if model not in held:
+                from guidetune.models.handle import open_handle
+
+                group = _group()
+                held[model] = group.agreed(lambda: open_handle(self._spec(model), device=group.loading_device))
+                group.place(held[model].model)
+            return held[model]
+
+        def close() -> None:
+            while held:
+                _release(held.popitem()[1])
+
+        def build(work: Path) -> dict[str, Any]:
+            context = ScoreContext(self.chat, open_model, stores.__getitem__, tokens, close)
+            columns = SideTable.open(folder / COLUMNS) if scorer.columns else None
+            return score(scorer, rows, read_records(folder), context, work, name, columns)
+
+        place = self._place(self.out / "scores" / _slug_of(name), fingerprint(key))
+        shared = self.out.parent / ".store" / f"score-{fingerprint(key)[:16]}"
+        group = _group()
+        if scorer.models:  # every process has a part of each batch
+            done = group.follow(lambda build: shared_stage(shared, place, key, build), build)
+        else:
+            done = group.once(lambda: shared_stage(shared, place, key, build))
+        if f"score/{name}" not in self._told and not self.ordered:
+            self._told.add(f"score/{name}")
+            _say_score(name, done)
+        return done
+
+    def phases(self, arm: Recipe) -> list[Phase]:
+        """The arm's phases in the order of training."""
+        from guidetune.scorers import read
+
+        assert arm.tune is not None and arm.tune.phases is not None
+        rows = self.prepare(arm)[1]
+        plan: Any = arm.tune.phases
+        scores = read(self.score(arm, plan.by).path, list(rows.ids)) if plan.scored else None
+        return plan.plan(rows, scores, arm.tune.settings())
 
     # -- guide --------------------------------------------------------------------------------------------------------
 
@@ -760,10 +844,6 @@ class _Job:
 
     def tune(self, arm: Recipe, folder: Path) -> tuple[StageResult, dict[str, float]]:
         """The trained adapter (or model), and the seconds its stages took."""
-        from guidetune.engine import Objective, fit, memory
-        from guidetune.engine.distributed import full_state
-        from guidetune.params import PROVENANCE
-
         tune = arm.tune
         assert tune is not None
         _, rows = self.prepare(arm)
@@ -778,6 +858,59 @@ class _Job:
             of_these = ((finished(known) or {}).get("key") or {}).get("rows") == rows.digest
             analysed = {REFERENCE: store} if of_these else {}
         settings, estimate = self._tune_settings(arm)
+        one = _Tuning(rows, settings, analysed, validation, estimate)
+        seconds = {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
+        if tune.phases is None:
+            return self._tune_rows(arm, folder, one), seconds
+        return self._tune_phases(arm, folder, one), seconds
+
+    def _tune_phases(self, arm: Recipe, folder: Path, whole: _Tuning) -> StageResult:
+        """One run of the training loop after the other, each from the weights that the one before has left; the last one's adapter."""
+        from guidetune.phases import joined, table
+        from guidetune.phases._guidance import PhaseGuidance
+
+        assert arm.tune is not None and arm.tune.phases is not None
+        phases = self.phases(arm)
+        carried = arm.tune.phases.optimiser == "carried"
+        total, before = sum(phase.steps for phase in phases), 0
+        done: list[StageResult] = []
+        for place, phase in enumerate(phases, 1):
+            say(f"phase {place} of {len(phases)} ({phase.name}): {len(phase.rows):,} rows, {phase.steps:,} steps", level=0)
+            changed = {name: getattr(phase.settings, name) for name in ("lr", "epochs", "seed")}
+            one = _Tuning(
+                whole.rows.take(phase.rows),
+                whole.settings.model_copy(update=changed),
+                {teacher: PhaseGuidance(store, phase.rows) for teacher, store in whole.guidance.items()},
+                whole.validation,
+                whole.estimate,
+                start=done[-1] if done else None,
+                course=(before, total) if carried else None,
+                label=f"tune {place}/{len(phases)}",
+            )
+            done.append(self._tune_rows(arm, folder / "phases" / str(place), one))
+            before += phase.steps
+        group = _group()
+        group.once(lambda: joined([part.path.parent / "metrics.jsonl" for part in done], folder / "metrics.jsonl"))
+
+        def build(work: Path) -> dict[str, Any]:
+            last = done[-1].path
+            for file in last.iterdir():
+                if file.name not in ("manifest.json", "checkpoint.safetensors"):
+                    _linked(file, work / file.name)
+            return _whole_of([part.result for part in done], table(phases, whole.rows), [part.seconds for part in done])
+
+        key = {"stage": "phases", "parts": [part.manifest["fingerprint"] for part in done]}
+        return group.once(lambda: stage(folder / "adapter", key, build))
+
+    def _tune_rows(self, arm: Recipe, folder: Path, one: _Tuning) -> StageResult:
+        """The trained adapter (or model) of one run of the training loop."""
+        from guidetune.engine import Objective, Part, fit, memory
+        from guidetune.engine.distributed import full_state
+        from guidetune.params import PROVENANCE
+
+        tune = arm.tune
+        assert tune is not None
+        rows, settings, validation, estimate, start = one.rows, one.settings, one.validation, one.estimate, one.start
         dtype = "float32" if not tune.params.frozen_base else self._frozen_dtype(tune.on, settings.dtype)
         reducer = tune.reducer or "tokens"
         key = {
@@ -791,28 +924,44 @@ class _Job:
             "methods": [digest_file(source_file(type(m))) for m in (tune.params, *tune.weights)],
             "reducer": reducer,
             # not `analysed`: an arm that was tuned before is not tuned again for the sake of its analysis
-            "guidance": {t: self._fingerprint(t) for t in stores},
+            "guidance": {t: self._fingerprint(t) for t in _teachers(arm)},
             "settings": {
                 k: v for k, v in settings.model_dump().items() if k not in NOT_THE_RESULT or (reducer, k) == ("micro", "micro_tokens")
             },
             "dtype": dtype,
         }
+        if one.course is not None or start is not None:
+            key |= {"start": start.manifest["fingerprint"] if start else None, "course": one.course}
 
         def build(work: Path) -> dict[str, Any]:
             model = self._load(tune.on, dtype, settings.quantize)
             try:
                 tune.params.prepare(model, rows)
                 attached = tune.params.attach(model, seed=_seed(settings.seed, "params"))
-                objective = Objective(tune.weights, reducer, analysed, frozenset(self.chat.stop_token_ids))
+                if start is not None:
+                    attached.load(start.path)
+                objective = Objective(tune.weights, reducer, one.guidance, frozenset(self.chat.stop_token_ids))
+                part = Part(*one.course, state=start.path if start else None) if one.course else None
                 with memory.sparing(bool(estimate and estimate["frugal"])):
-                    result = fit(attached, rows, settings, objective, work=work, metrics=folder / "metrics.jsonl", validation=validation)
+                    result = fit(
+                        attached,
+                        rows,
+                        settings,
+                        objective,
+                        work=work,
+                        metrics=folder / "metrics.jsonl",
+                        validation=validation,
+                        label=one.label,
+                        part=part,
+                    )
                 origin = {"base": self._spec(tune.on), "base_fingerprint": self._fingerprint(tune.on), "method": "guidetune", "tune": key}
                 state = full_state(attached.model) if not tune.params.frozen_base else None
 
                 def save() -> None:
                     attached.save(work, state) if state is not None else attached.save(work)
                     write_json(work / PROVENANCE, origin)
-                    (work / "checkpoint.safetensors").unlink(missing_ok=True)
+                    if part is None:
+                        (work / "checkpoint.safetensors").unlink(missing_ok=True)
 
                 group.once(save)
                 return {**result.as_dict(), "peak_rss_mb": _peak_rss_mb(), "memory_estimate": estimate}
@@ -825,14 +974,14 @@ class _Job:
         if twin is not None:  # graft and re-adapt, for example, differ only in what is done with the adapter
             group.once(lambda: copied(twin, folder, "adapter", ("metrics.jsonl",)))
             say(f"tune: the same as in {self._relative(twin.parent)}, not done again")
-        done = group.follow(lambda build: stage(folder / "adapter", key, build), build)
-        return done, {"guide_s": sum(read_json(self._folders[f"guidance/{t}"] / "manifest.json")["seconds"] for t in stores)}
+        return group.follow(lambda build: stage(folder / "adapter", key, build), build)
 
     def _tuned_alike(self, adapter: Path, key: Mapping[str, Any]) -> Path | None:
         """A finished adapter of another arm of this run that was made from the same key, unless this one is finished itself."""
         if finished(adapter, key) is not None:
             return None
-        others = [*self.out.glob("arms/*/adapter"), *self.out.glob("arms/*/seeds/*/adapter"), self.out / "adapter"]
+        plain = [*self.out.glob("arms/*/adapter"), *self.out.glob("arms/*/seeds/*/adapter"), self.out / "adapter"]
+        others = [*plain, *(part for one in plain for part in one.parent.glob("phases/*/adapter"))]
         return next((other for other in sorted(others) if other != adapter and finished(other, key) is not None), None)
 
     def _parameters(self, name: str) -> int:
@@ -952,6 +1101,7 @@ class _Job:
             tuned, spent = self.tune(arm, folder)
             result = dict(tuned.result)
             entry["signal"] = result.pop("signal", [])
+            phases = result.pop("phases", None)
             entry["tune"] = result
             cost.update(spent, tune_s=tuned.seconds, tokens=result["tokens"], steps=result["steps"], peak_rss_mb=result["peak_rss_mb"])
             entry["paths"] |= {"adapter": self._relative(tuned.path), "metrics": self._relative(folder / "metrics.jsonl")}
@@ -970,11 +1120,38 @@ class _Job:
         entry["paths"]["evaluation"] = self._relative(folder / "evaluation")
         for group in ("task", "general"):
             entry[f"{group}_mean"] = _mean([t["score"] for t in scores[group].values() if t.get("higher_is_better", True)])
+        if arm.tune is not None and phases is not None:
+            entry["phases"] = self._after_phases(arm, phases, folder, entry)
         if how is not None and how.scales and arm.evaluate is not None:
             start = time.monotonic()
             entry["scales"] = self._sweep(name, arm, tuned.path if arm.tune is not None else None, folder, entry, how)
             cost["scales_s"] = round(time.monotonic() - start, 3)
         return entry
+
+    def _after_phases(self, arm: Recipe, phases: list[dict[str, Any]], folder: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The phases with the scores of the model after each; those of the last one are the arm's own."""
+        assert arm.tune is not None and arm.tune.phases is not None
+        if arm.evaluate is None:
+            return phases
+        planned = {group: self._plan(arm, group) for group in ("task", "general")}
+        scored = []
+        for place, phase in enumerate(phases, 1):
+            found: Mapping[str, Any] | None = entry if place == len(phases) else None
+            if found is None and arm.tune.phases.evaluate:
+                own = folder / "phases" / str(place)
+                say(f"after phase {place}", level=1)
+                if arm.transfer is not None:
+                    with self._merged(arm, own / "adapter", folder) as at:
+                        found = self._scores(arm, at(arm.transfer.scale), planned, own / "evaluation")
+                else:
+                    found = self.evaluate(arm, own / "adapter", own / "evaluation")
+            means = {}
+            for group in ("task", "general") if found is not None else ():
+                results = found[group]  # type: ignore[index]
+                means[group] = {label: result["score"] for label, result in results.items()}
+                means[f"{group}_mean"] = _mean([r["score"] for r in results.values() if r.get("higher_is_better", True)])
+            scored.append({**phase, **means})
+        return scored
 
     # -- scales -------------------------------------------------------------------------------------------------------
 
@@ -1213,6 +1390,46 @@ def evaluate_model(spec: str, section: Evaluate, out: Path) -> dict[str, Any]:
     return results
 
 
+def score(recipe: Recipe, out: Path | None = None, export: Path | None = None) -> str:
+    """Every score that the recipe names, and its phases, as a text with histograms. `export` writes `id` and scores as JSON lines."""
+    import json
+
+    from guidetune.artefacts import atomic_lines
+    from guidetune.phases import table
+    from guidetune.scorers import histogram, read
+
+    threads.settle()
+    out = Path(out or Path("runs") / recipe.name)
+    _check_place(out)
+    job = _Job(recipe, out, "run")
+    names = list(_scorers(recipe))
+    if not names:
+        raise BadInput("the recipe names no score; add data: {scores: {name: scorer}}, such as {length: length}")
+    lines: list[str] = []
+    found = {}
+    rows = job.prepare(recipe)[1]
+    for name in names:
+        done = job.score(recipe, name)
+        found[name] = read(done.path, list(rows.ids))
+        lines += [*histogram(name, done.result), f"scores: {done.path}"]
+    if recipe.tune is not None and recipe.tune.phases is not None:
+        for place, phase in enumerate(table(job.phases(recipe), rows), 1):
+            spread = (
+                ""
+                if phase["score_low"] is None
+                else f", scores {phase['score_low']:g} to {phase['score_high']:g}, mean {phase['score_mean']:.4g}"
+            )
+            lines.append(
+                f"phase {place} ({phase['name']}): {phase['rows']:,} rows, {phase['supervised_tokens']:,} supervised tokens{spread}"
+            )
+    if export is not None:
+        with atomic_lines(Path(export)) as write:
+            for k, id in enumerate(rows.ids):
+                write(json.dumps({"id": id, **{name: None if v[k] != v[k] else float(v[k]) for name, v in found.items()}}))
+        lines.append(f"{len(rows):,} rows written to {export}")
+    return "\n".join(lines)
+
+
 def histogram_text(summary: Mapping[str, Any]) -> str:
     """The confidence of a teacher in the targets, as text."""
     counts = summary["histogram"]["counts"]
@@ -1236,7 +1453,45 @@ def _group() -> Group:
 
 
 def _teachers(recipe: Recipe) -> list[str]:
+    """Teachers of the token weights."""
     return list(dict.fromkeys(t for w in (recipe.tune.weights if recipe.tune else []) for t in w.teachers))
+
+
+def _scorers(recipe: Recipe) -> dict[str, Any]:
+    """Every score that the recipe names, and the one that its phases ask for."""
+    phases: Any = recipe.tune.phases if recipe.tune else None
+    asked = [phases.by] if phases is not None and phases.scored else []
+    return {name: recipe.scorer(name) for name in dict.fromkeys([*recipe.data.scores, *asked])}
+
+
+def _linked(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _whole_of(parts: Sequence[Mapping[str, Any]], phases: list[dict[str, Any]], seconds: Sequence[float]) -> dict[str, Any]:
+    """What several runs of the training loop measured together; `phases` is what each was, with its own figures."""
+    first, last = parts[0], parts[-1]
+    whole = dict(last) | {name: sum(part[name] for part in parts) for name in ("steps", "tokens", "seconds", "weighted_loss")}
+    whole |= {"loss_first": first["loss_first"], "peak_rss_mb": max(part["peak_rss_mb"] for part in parts), "validation": []}
+    before = 0
+    for place, (part, phase, spent) in enumerate(zip(parts, phases, seconds, strict=True)):
+        # the model at the start of a phase is that at the end of the one before, which has been validated
+        whole["validation"] += [{**v, "step": v["step"] + before} for v in part["validation"] if v["step"] or not place]
+        before += part["steps"]
+        phase |= {name: part[name] for name in ("loss_first", "loss_last", "tokens")} | {"seconds": spent}
+    bins = list(zip(*(part["signal"] for part in parts), strict=True)) if all(part["signal"] for part in parts) else []
+    shares = {"tokens": [part["tokens"] for part in parts], "signal": [part["weighted_loss"] for part in parts]}
+    whole["signal"] = [
+        {
+            **{end: same[0][end] for end in ("lo", "hi")},
+            **{name: sum(b[name] * w for b, w in zip(same, by, strict=True)) / max(sum(by), 1e-300) for name, by in shares.items()},
+        }
+        for same in bins
+    ]
+    return whole | {"phases": phases}
 
 
 def _check_bits(arm: Recipe) -> None:
@@ -1375,6 +1630,23 @@ def _confidence_line(summary: Mapping[str, Any]) -> str:
         f"teacher {summary['teacher']}: mean confidence {summary['mean_confidence']:.3f}"
         f" over {summary['supervised_tokens']:,} target tokens, {100 * summary['below_0.05']:.1f} % of them below 0.05"
     )
+
+
+def _slug_of(name: str) -> str:
+    """A name of the user's as the name of a folder."""
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:60].strip("-.")
+    return plain if plain == name else f"{plain or 'score'}-{fingerprint(name)[:8]}"
+
+
+def _say_score(name: str, done: StageResult) -> None:
+    found = done.result
+    spread = f"mean {found['mean']:.3g}, {found['low']:.3g} to {found['high']:.3g}" if "mean" in found else "none"
+    missing = (
+        f", {found['missing']:,} rows without ({', '.join(f'{n:,} {why}' for why, n in found['why'].items())})" if found["missing"] else ""
+    )
+    say(f"score {name}: {found['n'] - found['missing']:,} rows, {spread}{missing}")
+    for note in found["notes"]:
+        say(f"  {note}")
 
 
 def _say_confidence(summary: Mapping[str, Any]) -> None:

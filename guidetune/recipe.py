@@ -115,8 +115,9 @@ def _place_paths(model: BaseModel, root: Path) -> tuple[BaseModel, list[dict[str
         updates[name] = path if isinstance(value, str) else Path(path)
     if isinstance(folder := getattr(model, "folder", None), str):
         updates["folder"] = _beside_recipe(folder, root)
-    if (teacher := getattr(model, "teacher", None)) is not None and teacher not in PAIR:
-        updates["teacher"] = _beside_recipe(teacher, root)
+    for name in ("teacher", "model", "weak", "strong"):  # options that name a model
+        if isinstance(spec := getattr(model, name, None), str) and spec not in PAIR and name in type(model).model_fields:
+            updates[name] = _beside_recipe(spec, root)
     return (model.model_copy(update=updates) if updates else model), faults
 
 
@@ -250,6 +251,8 @@ def _method_field(kind: str, default: str | None = None) -> Any:
 
 Operation = _method_field("operation")
 Params = _method_field("params", default="lora")
+Scorer = _method_field("scorer")
+Phases = _method_field("phases")
 TokenWeights = _method_field("token_weights")
 Task = _method_field("task")
 Tracker = _method_field("tracker")
@@ -278,6 +281,9 @@ class Data(Section):
     validation: list[Source] = Field([], description="Sources of held-out rows; their loss is reported during tuning.")
     operations: list[Operation] = Field(
         [], description="Methods applied to the rows in this order; those that render rows (template, …) to validation rows too."
+    )
+    scores: dict[str, Scorer] = Field(
+        {}, description="Numbers for each prepared row, name -> method (kind scorer): what tune.phases divides by; docs/phased.md."
     )
     loss_on: LossOn = Field(
         "assistant", description="Tokens that are learnt: of every assistant turn, of the last one (target), or all up to its end."
@@ -318,6 +324,9 @@ class Tune(Section, TuneSettings):
         None,
         description="How weighted token losses become one number: tokens Σwℓ/N, weights Σwℓ/Σw, sequence, rows, sum, micro, paper. "
         "Default: that of the first weight method; tokens when there are no weights.",
+    )
+    phases: Phases | None = Field(
+        None, description="Train on parts of the rows one after the other (kind phases); null: on all of them at once."
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -470,9 +479,37 @@ class Recipe(Section):
         if self.tune is not None and self.transfer is not None and self.transfer.into_scale != 1 and self.tune.on == self.transfer.into:
             text = f"nothing separates transfer.into from tune.on, which are both {self.tune.on}"
             _raise([_fault(("transfer", "into_scale"), text, self.transfer.into_scale)])
+        if self.tune is not None and self.tune.phases is not None:
+            self._check_phases()
         if self.tune is not None and self.tune.reducer is None:
             object.__setattr__(self.tune, "reducer", default_reducer(self.tune.weights))
         return self
+
+    def _check_phases(self) -> None:
+        """The score that phases are divided by must be one of data.scores, or a scorer that needs no options."""
+        assert self.tune is not None
+        phases: Any = self.tune.phases
+        name = phases.by if phases.scored else None
+        if name is None or name in self.data.scores or name in self._added():
+            return
+        if name not in registry.names("scorer"):
+            hint = registry.nearest(name, [*self.data.scores, *self._added(), *registry.names("scorer")])
+            _raise([_fault(("tune", "phases", "by"), f"no name in data.scores, no score of an operation and no scorer{hint}", name)])
+        try:
+            registry.build("scorer", name)
+        except BadInput as error:
+            text = f"the scorer {name} needs options; set it up in data.scores ({'; '.join(error.problems)})"
+            _raise([_fault(("tune", "phases", "by"), text, name)])
+
+    def _added(self) -> list[str]:
+        """Numbers that operations give the rows."""
+        return [name for step in self.data.operations for name, kind in step.adds(self._root).items() if kind is not str]  # type: ignore[attr-defined]
+
+    def scorer(self, name: str) -> Any:
+        """The scorer behind a name in data.scores, the score that an operation gives, or the scorer of that name with its defaults."""
+        if name in self._added() and name not in self.data.scores:
+            return registry.build("scorer", {"method": "column", "column": name})
+        return self.data.scores.get(name) or registry.build("scorer", name)
 
     def resolved_yaml(self) -> str:
         """The recipe with every default written out and every path absolute; `load` of it gives the same recipe."""

@@ -30,8 +30,10 @@ from guidetune.errors import BadInput
 # kind -> package whose modules are its methods. A new kind is one row here; a new method is only its own file.
 KINDS: dict[str, str] = {
     "operation": "guidetune.data.operations",
+    "scorer": "guidetune.scorers",
     "params": "guidetune.params",
     "token_weights": "guidetune.objectives.token_weights",
+    "phases": "guidetune.phases",
     "task": "guidetune.evaluation.tasks",
     "weightspace": "guidetune.weightspace.presets",
     "tracker": "guidetune.tracking",

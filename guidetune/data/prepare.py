@@ -32,6 +32,7 @@ from guidetune.data.rows import FILE, EncodedRows, RowWriter
 from guidetune.data.side import SideWriter
 from guidetune.data.sources import Broken, LossOn, SourceSpec
 from guidetune.errors import BadInput, RunFailed
+from guidetune.models.fingerprints import fingerprint as model_fingerprint
 from guidetune.progress import Bar, progress
 
 VERSION = 3  # of what this stage writes: raise it when the same inputs give other files
@@ -69,6 +70,7 @@ class PrepareSettings(BaseModel):
         "or a share of them when it has a decimal point.",
     )
     seed: int = Field(42, description="Seed of the operations.")
+    keep: list[str] = Field([], description="Columns and scores of the rows that stay beside them, for scorers.")
     loss_on: LossOn = Field(
         "assistant", description="Tokens that are learnt: of every assistant turn, of the last one (target), or all up to its end."
     )
@@ -81,11 +83,13 @@ def prepare(
     settings: PrepareSettings,
     out: Path,
     root: Path,
+    models: Mapping[str, str] | None = None,
 ) -> StageResult:
     """Read, normalise, operate, encode; the result is the totals of the ledger.
 
     Writes rows.arrow and rows.index, records.jsonl, prompts.index, ledger.json, ledger.jsonl and tokenizer.json. Memory does not
-    grow with the number of rows: one chunk is held, and what must be known of all rows is in files.
+    grow with the number of rows: one chunk is held, and what must be known of all rows is in files. `models`: what operations call
+    `base` and `instruct`.
 
     Raises:
         BadInput: a source cannot be read or understood, no row is left, or a limit set by the user is passed.
@@ -107,9 +111,12 @@ def prepare(
             {**step.spec(), "code": digest_file(registry.source_file(type(step))), "reads": step.digests(Path(root))} for step in steps
         ],
         "chat": chat.digest,
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump(exclude=None if settings.keep else {"keep"}),
     }
-    return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root)))
+    known = dict(models or {})
+    if run := {name: model_fingerprint(known.get(name, name)) for step in steps for name in step.models()}:
+        key["models"] = run
+    return stage(Path(out), key, lambda work: _build(work, specs, names, steps, chat, settings, Path(root), known))
 
 
 def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
@@ -125,13 +132,20 @@ def _digests(specs: list[SourceSpec], root: Path) -> list[str]:
 
 
 def _build(
-    work: Path, specs: list[SourceSpec], names: list[str], steps: list[Operation], chat: Chat, settings: PrepareSettings, root: Path
+    work: Path,
+    specs: list[SourceSpec],
+    names: list[str],
+    steps: list[Operation],
+    chat: Chat,
+    settings: PrepareSettings,
+    root: Path,
+    models: Mapping[str, str],
 ) -> dict[str, Any]:
     wanted = sorted(set[str]().union(*(step.columns() for step in steps)))
     rendered = any(step.renders for step in steps)
     _check_columns(specs, root, wanted if rendered else ())
     aims = {name: spec.loss_on or settings.loss_on for spec, name in zip(specs, names, strict=True)}
-    kept_columns = _column_types(specs, steps, root)
+    kept_columns = {name: str for name in settings.keep} | _column_types(specs, steps, root)
     account: list[dict[str, Any]] = []
     too_long: list[str] = []
     count = 0
@@ -151,11 +165,12 @@ def _build(
         _Output(work, kept_columns) as output,
         progress("prepare", unit="rows") as bar,
     ):
-        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, wanted, rendered)
+        read = {*wanted, *(records.column_of(name) for name in settings.keep)}
+        stream: Iterable[Record] = _records(specs, names, root, work, ledger, bar, sorted(read), rendered)
         for number, step in enumerate(steps):
-            place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work}
+            place = {"root": root, "chat": chat, "max_length": settings.max_length, "outputs": work, "models": models}
             # columns that only this operation reads, and nobody after it, go with it
-            later = {*kept_columns}.union(*(after.columns() for after in steps[number + 1 :]))
+            later = {*kept_columns, *map(records.column_of, settings.keep)}.union(*(after.columns() for after in steps[number + 1 :]))
             stream = _operate(step, stream, work / f".step{number}", settings.seed, ledger, account, place, step.columns() - later)
         for chunk in _chunks(stream):
             kept, encoded, cuts = _fitting(chunk, chat, settings, drop, aims)

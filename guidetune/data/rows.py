@@ -291,3 +291,42 @@ class EncodedRows:
     def duplicates(self) -> int:
         """How many rows have the tokens of an earlier row (by a 64-bit hash of them; 8 bytes per row while it counts)."""
         return self._rows - len(np.unique(self.index["content"]))
+
+    def take(self, places: np.ndarray) -> EncodedRows:
+        """Some of the rows, in the order of `places` (int [n]): a view that copies 24 bytes per row and no tokens."""
+        return _Taken(self, np.asarray(places, dtype=np.int64))
+
+
+class _TakenTexts(Sequence[str]):
+    """A text column of some of the rows."""
+
+    def __init__(self, texts: Texts, places: np.ndarray) -> None:
+        self._texts, self._places = texts, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self._texts[k] for k in self._places[i]] if isinstance(i, slice) else self._texts[int(self._places[i])]
+
+
+class _Taken(EncodedRows):
+    """`EncodedRows.take`."""
+
+    def __init__(self, rows: EncodedRows, places: np.ndarray) -> None:
+        digest = hashlib.sha256(f"{rows.digest}|{len(places)}|".encode() + places.astype("<i8").tobytes()).hexdigest()[:32]
+        super().__init__([], rows.index[places], digest)
+        self._of, self._places, self._rows = rows, places, len(places)
+
+    def __getitem__(self, i: int) -> EncodedRow:
+        if not 0 <= i < self._rows:
+            raise IndexError(i)
+        return self._of[int(self._places[i])]
+
+    @cached_property
+    def ids(self) -> Any:
+        return _TakenTexts(self._of.ids, self._places)
+
+    @cached_property
+    def sources(self) -> Any:
+        return _TakenTexts(self._of.sources, self._places)

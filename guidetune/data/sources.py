@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -327,11 +327,26 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         key = "data" if isinstance(content.get("data"), list) else lists[0] if len(lists) == 1 else None
         if key in ("messages", "conversations"):
             key = None
-        rows = content[key] if key else [content]
+        rows = _instances(content, path.stem) or (content[key] if key else [content])
     if not isinstance(rows, list):
         raise BadInput(f"{path.name} holds a JSON {_json_name(content)}; a list of objects is needed")
     for number, row in enumerate(rows, 1):
         yield number, row if isinstance(row, dict) else Broken(NOT_A_ROW, f"a JSON {_json_name(row)}, not an object")
+
+
+def _instances(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The instances of a task file of Super-NaturalInstructions, each with what the file says of their task; of other files none."""
+    if not isinstance(content.get("Instances"), list) or "Definition" not in content:
+        return []
+    category, definition = content.get("Categories"), content["Definition"]
+    task = {
+        "task": name,
+        "definition": definition[0] if isinstance(definition, list) and definition else definition,
+        "category": category[0] if isinstance(category, list) and category else category,
+        "positive_examples": content.get("Positive Examples", []),
+        "negative_examples": content.get("Negative Examples", []),
+    }
+    return [{**task, **one} if isinstance(one, dict) else one for one in content["Instances"]]
 
 
 def _json_name(value: Any) -> str:

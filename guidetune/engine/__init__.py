@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 # Loaded when first used: a recipe needs the settings, not torch.
-_PUBLIC = {"fit": "loop", "FitResult": "loop", "Objective": "loop", "TuneSettings": "settings"}
+_PUBLIC = {"fit": "loop", "FitResult": "loop", "Objective": "loop", "Part": "loop", "TuneSettings": "settings"}
 __all__ = [*_PUBLIC]
 
 

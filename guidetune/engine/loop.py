@@ -76,9 +76,21 @@ class Objective:
         return w
 
 
+@dataclass(frozen=True)
+class Part:
+    """This run is one of several that follow each other: its place in the common course of the learning rate, and whose moments go on.
+
+    Its last state, optimiser moments included, stays in `work` for the part after it.
+    """
+
+    before: int  # optimiser steps of the parts before
+    total: int  # optimiser steps of all parts
+    state: Path | None = None  # folder of the part before; its trainable tensors and moments are taken over
+
+
 @dataclass
 class FitResult:
-    """What a run measured. `signal`: share of tokens and of Σ w ℓ per teacher-confidence bin."""
+    """What a run measured. `signal`: share of tokens and of Σ w ℓ per teacher-confidence bin; `weighted_loss`: Σ w ℓ of all bins."""
 
     steps: int
     tokens: int
@@ -87,6 +99,7 @@ class FitResult:
     loss_last: float
     validation: list[dict[str, float]]
     signal: list[dict[str, float]]
+    weighted_loss: float
     trainable: int
     layout: str
     dtype: str
@@ -107,6 +120,7 @@ def fit(
     autocast: torch.dtype | None = None,
     label: str = "tune",
     stop: Callable[[int], bool] | None = None,
+    part: Part | None = None,
 ) -> FitResult:
     """Train `attached` on `rows`; checkpoints go to `work`, and a run found there goes on. Metrics go to `metrics` (work/metrics.jsonl).
 
@@ -118,7 +132,7 @@ def fit(
 
     Raises:
         BadInput: no rows, guidance of other rows, an unknown head.
-        RunFailed: the loss or the gradient is not finite; the offending rows are named.
+        RunFailed: the loss or the gradient is not finite; the offending rows are named. The state of the part before is damaged.
     """
     if not len(rows) or not rows.supervised.sum():
         raise BadInput("there is no supervised token to train on")
@@ -132,6 +146,10 @@ def fit(
     groups = group.optimiser_groups(attached.param_groups(settings.lr, settings.weight_decay))
     optimiser = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
     cursor = group.agreed(lambda: load_checkpoint(work, params, optimiser))
+    course = part or Part(0, steps)
+    if cursor is None and course.state is not None:
+        missing = group.agreed(lambda: load_checkpoint(course.state, params, optimiser)) is None  # type: ignore[arg-type]
+        group.agree(RunFailed(f"{course.state} does not hold the state that this part goes on from; delete it") if missing else None)
     state = _State(**cursor) if cursor else _State(signal=np.zeros((len(SIGNAL_EDGES) - 1, 2)).tolist())
     _check_same_place(group, state.step, work)
     log = _Metrics(metrics or work / METRICS, state.step, writes=group.main)
@@ -162,7 +180,7 @@ def fit(
                 _validate(forward, validation, settings, state, log)
             while state.step < steps:
                 start = time.monotonic()
-                lr = rate(settings, state.step, steps)
+                lr = rate(settings, course.before + state.step, course.total)
                 indices = optimiser_batch(len(rows), settings.batch, settings.seed, state.step)
                 loss, tokens, signal = _accumulate(forward, rows, indices, settings, objective, state.step)
                 penalty = attached.penalty()
@@ -208,6 +226,8 @@ def fit(
                 if stop is not None and group.broadcast(stop(state.step)):
                     break
             log.flush()
+            if part is not None:
+                keep()
     except KeyboardInterrupt:
         keep()
         raise
@@ -222,6 +242,7 @@ def fit(
         loss_last=float(state.loss_last or 0.0),
         validation=state.validation,
         signal=_shares(np.array(state.signal)) if objective.guidance else [],
+        weighted_loss=float(np.array(state.signal)[:, 1].sum()),
         trainable=sum(p.numel() for p in trainable),
         layout=forward.layout,
         dtype=dtype,

@@ -188,7 +188,8 @@ def _said(text: str) -> str:
     return re.sub(r"<think(?:ing)?>.*\Z", "", text, flags=re.DOTALL)
 
 
-def _bracketed(text: str) -> str | None:
+def bracketed(text: str) -> str | None:
+    """What is in the last double square brackets of a reply, its thinking left out."""
     found = re.findall(r"\[\[\s*(.*?)\s*\]\]", _said(text), re.DOTALL)
     return found[-1] if found else None
 
@@ -199,7 +200,7 @@ def read_score(text: str, low: int, high: int) -> int | None:
     >>> read_score("Good, but short. [[4]]", 1, 5)
     4
     """
-    inside = _bracketed(text)
+    inside = bracketed(text)
     match = re.fullmatch(r"(-?\d+)(?:\.0)?(?:\s*/\s*\d+)?", inside) if inside is not None else None
     if inside is None:
         numbers = re.findall(r"(?<![\d.])-?\d+(?![\d.]*\d)", _said(text))
@@ -210,7 +211,7 @@ def read_score(text: str, low: int, high: int) -> int | None:
 
 def read_preference(text: str) -> str | None:
     """`A`, `B` or `tie` from the last brackets, or from a reply that is nothing else."""
-    inside = _bracketed(text)
+    inside = bracketed(text)
     plain = (inside if inside is not None else _said(text)).strip().strip(".").lower()
     plain = re.sub(r"\A(?:response|answer|assistant)\s*", "", plain)
     return {"a": "A", "b": "B", "c": "tie", "tie": "tie", "equal": "tie"}.get(plain)
@@ -218,7 +219,7 @@ def read_preference(text: str) -> str | None:
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The label in the last brackets, or in a reply that is nothing else."""
-    inside = _bracketed(text)
+    inside = bracketed(text)
     plain = re.sub(r"[\s_-]+", " ", (inside if inside is not None else _said(text)).strip().strip(".").lower())
     return {re.sub(r"[\s_-]+", " ", label.lower()): label for label in labels}.get(plain)
 

@@ -77,6 +77,7 @@ def page(run: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "transfer": _transfer(arms),
         "costs": _costs(run, results, arms),
         "budget": _budget(results),
+        "phases": _phases(arms),
         "recipe": _recipe(run, results),
         "versions": list(_leaves(mapping(results.get("versions")))),
         "machine": list(_leaves(mapping(results.get("machine")))),
@@ -302,6 +303,17 @@ def _budget(results: Mapping[str, Any]) -> dict[str, Any] | None:
     ]
     equal = results.get("budget_equal")
     return {"rows": rows, "equal": equal if isinstance(equal, bool) else None} if rows else None
+
+
+def _phases(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]] | None:
+    """A line for each phase of each arm: what it was, and the means of the model after it."""
+    keys = ("rows", "supervised_tokens", "steps", "score_low", "score_high", "lr", "epochs", "loss_last", "task_mean", "general_mean")
+    rows = [
+        (str(name), f"{place}. {mapping(phase).get('name', '')}", *(numbers.finite(mapping(phase).get(key)) for key in keys))
+        for name, arm in arms.items()
+        for place, phase in enumerate(arm.get("phases") or [], 1)
+    ]
+    return rows or None
 
 
 def _markup(svg: str) -> Any:

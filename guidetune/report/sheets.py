@@ -141,6 +141,9 @@ def of_page(page: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[She
             ["arm", "confidence_from", "confidence_to", "tokens", "share_of_signal"],
             [(name, b["lo"], b["hi"], b["tokens"], b["signal"]) for name, bins in part["shares"].items() for b in bins],
         )
+    if rows := page["phases"]:
+        heads = ["rows", "target_tokens", "steps", "score_low", "score_high", "lr", "epochs", "loss_last", "task_mean", "general_mean"]
+        yield Sheet("phases", "Phases of training", ["arm", "phase", *heads], rows)
     yield Sheet(
         "token-weights",
         "Token weights on training rows",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from guidetune.artefacts import fingerprint, write_text_atomic
 from guidetune.errors import BadInput
 from guidetune.world.corpus import BY_NAME
+from guidetune.world.generators import graded, languages, passages, programs, tasks
 from guidetune.world.items import Item, Skill, distinct
 from guidetune.world.targets import ROWS, TARGETS
 
@@ -17,6 +19,16 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("base", "instruct")
 GENERAL_ROWS = {"train": 2000, "test": 480}
 SKILL_ROWS = {"train": 500, "test": 100}
+DATA_SIDE = (languages, passages, graded, tasks, programs)
+"""Generators for the data-side systems: what they draw is in neither corpus nor instruct set of the first pair."""
+
+MIXTURES: dict[str, list[str]] = {
+    "general": list(BY_NAME),
+    **{name: skills for module in (languages, tasks) for name, skills in module.MIXTURES.items()},
+}
+"""Mixture -> the skills it holds in equal parts."""
+
+USUAL_ROWS = {"general": GENERAL_ROWS} | ROWS | {name: rows for module in DATA_SIDE for name, rows in module.ROWS.items()}
 
 
 def path(name: str) -> Path:
@@ -30,24 +42,24 @@ def path(name: str) -> Path:
 
 
 def _skills() -> dict[str, Skill]:
-    return {**BY_NAME, **{skill.name: skill for skill in TARGETS}}
+    return {**BY_NAME, **{skill.name: skill for skill in (*TARGETS, *(skill for module in DATA_SIDE for skill in module.SKILLS))}}
 
 
 def sets() -> dict[str, str]:
-    """Name -> description of every item set: the general skills, their balanced mixture `general`, and the target tasks."""
+    """Name -> description of every item set: the general skills, the targets, the data-side sets, and the balanced mixtures."""
     return {
-        **{name: skill.definition for name, skill in BY_NAME.items()},
-        "general": f"All {len(BY_NAME)} general skills in equal parts.",
-        **{skill.name: skill.definition for skill in TARGETS},
+        **{name: skill.definition for name, skill in _skills().items()},
+        **{name: f"{len(skills)} skills in equal parts: {skills[0]} to {skills[-1]}." for name, skills in MIXTURES.items()},
     }
 
 
 @cache
 def _cached(name: str, split: str, count: int, seed: int) -> tuple[Item, ...]:
-    if name != "general":
+    if name not in MIXTURES:
         return tuple(distinct(_skills()[name], split, count, seed))
-    share = -(-count // len(BY_NAME))
-    columns = [_cached(skill, split, share, seed) for skill in BY_NAME]
+    skills = MIXTURES[name]
+    share = -(-count // len(skills))
+    columns = [_cached(skill, split, share, seed) for skill in skills]
     mixed = [column[i] for i in range(share) for column in columns if i < len(column)]
     return tuple(mixed[:count])
 
@@ -61,8 +73,7 @@ def items(name: str, split: str, n: int | None = None, seed: int = 0) -> list[It
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sets())}"
         raise BadInput(f"the embedded world has no set {name!r}; {hint}")
     if n is None:
-        usual = {"general": GENERAL_ROWS} | ROWS
-        n = usual.get(name, SKILL_ROWS).get(split, 0)
+        n = USUAL_ROWS.get(name, SKILL_ROWS).get(split, 0)
     return list(_cached(name, split, n, seed))
 
 
@@ -79,28 +90,65 @@ def row(item: Item) -> dict[str, object]:
         "category": item.category,
         "difficulty": item.difficulty,
         "meta": item.meta,
+        **item.columns,
     }
 
 
 def export(folder: str | Path) -> dict[str, Path]:
-    """Write `base/` and `instruct/` as ordinary model folders and every target and general set as `<set>.<split>.jsonl`."""
+    """Write models as ordinary folders, the sets of `USUAL_ROWS` as `<set>.<split>.jsonl`, and the files of `export_tasks`."""
     folder = Path(folder)
     written = {}
     for name in MODELS:
         shutil.copytree(path(name), folder / name, dirs_exist_ok=True)
         written[name] = folder / name
-    return written | export_rows(folder)
+    return written | export_rows(folder) | export_tasks(folder)
 
 
 def export_rows(folder: str | Path) -> dict[str, Path]:
     """The rows of `export` alone."""
     folder = Path(folder)
     written = {}
-    for name in (*(skill.name for skill in TARGETS), "general"):
+    for name in USUAL_ROWS:
         for split in ("train", "test"):
             written[f"{name}.{split}"] = folder / f"{name}.{split}.jsonl"
             write_text_atomic(written[f"{name}.{split}"], _lines(name, split))
     return written
+
+
+def export_tasks(folder: str | Path, names: Iterable[str] = tuple(tasks.TASKS)) -> dict[str, Path]:
+    """Super-NaturalInstructions' own layout: `tasks/<task>.json` for the tasks of `names`, and which tasks make up each split.
+
+    A file's first 100 instances are the test split's, as in arXiv 2306.05539, the others the training split's.
+    `splits/train_tasks.txt` names the tasks that the second pair has met, `splits/test_tasks.txt` those that it has not.
+    """
+    folder = Path(folder)
+    files = {}
+    for name in names:
+        task = tasks.TASKS[name]
+        positive, negative = tasks.examples(name)
+        content = {
+            "Contributors": [],
+            "Source": ["the embedded world"],
+            "Categories": [task.category],
+            "Definition": [task.definition],
+            "Input_language": ["English"],
+            "Output_language": ["English"],
+            "Instruction_language": ["English"],
+            "Positive Examples": positive,
+            "Negative Examples": negative,
+            "Instances": [
+                {"id": item.id, "input": item.columns["input"], "output": item.columns["output"]}
+                for split in ("test", "train")
+                for item in items(name, split)
+            ],
+        }  # fmt: skip
+        files[name] = folder / "tasks" / f"{name}.json"
+        write_text_atomic(files[name], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    for split in ("train", "test"):
+        listed = [name for name in tasks.TASKS if tasks.met(name) == (split == "train")]
+        files[f"{split} tasks"] = folder / "splits" / f"{split}_tasks.txt"
+        write_text_atomic(files[f"{split} tasks"], "".join(f"{name}\n" for name in listed))
+    return files
 
 
 def _lines(name: str, split: str) -> str:

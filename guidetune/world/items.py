@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from random import Random
@@ -18,6 +18,7 @@ TEST_SHARE = 0.1
 class Problem:
     """What a generator draws: `content` is the canonical form of the problem, free of wording, that decides its split.
 
+    `columns` are what its exported row holds beside the columns of every row: the fields of a published data format, labels, scores.
     `held_out` forces the problem into the test split whatever its content (facts that target training never names).
     """
 
@@ -28,6 +29,7 @@ class Problem:
     check: str
     difficulty: int = 1
     meta: dict[str, object] = field(default_factory=dict)
+    columns: dict[str, object] = field(default_factory=dict)
     held_out: bool = False
 
 
@@ -36,7 +38,7 @@ class Item:
     """One problem with its reference answer.
 
     `prompt` is the user's text, `answer` a full assistant text in the style of its set, `gold` the part that is checked,
-    `check` the kind of check `grade` makes, `difficulty` a level from 1, `meta` details of the skill.
+    `check` the kind of check `grade` makes, `difficulty` a level from 1, `meta` details of the skill, `columns` further columns of its row.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Item:
     gold: str
     check: str
     meta: dict[str, object] = field(default_factory=dict)
+    columns: dict[str, object] = field(default_factory=dict)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -59,7 +62,9 @@ class Item:
 class Skill:
     """A named generator; `definition` is the task in one sentence, `category` groups skills for held-out-task studies.
 
-    Skills of one `family` (default: the name) pose the same kind of problem and share one train/test split.
+    Skills of one `family` (default: the name) pose the same kind of problem and share one train/test split. Skills that are
+    `seeded_as` the same name draw the same numbers, so that their items with one number belong together. `first_id` gives a
+    skill's rows the column `task_id`, counted from a number of each split.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Skill:
     definition: str
     draw: Callable[[Random], Problem]
     family: str = ""
+    seeded_as: str = ""
+    first_id: Mapping[str, int] | None = None
 
 
 def split_of(content: str) -> str:
@@ -89,7 +96,7 @@ def stream(skill: Skill, split: str, seed: int = 0, purpose: str = "items") -> I
         raise BadInput(f"split {split!r} is not one of {', '.join(SPLITS)}")
     index = 0
     while True:
-        rng = Random(derive_seed(seed, "world", purpose, skill.name, split, str(index)))
+        rng = Random(derive_seed(seed, "world", purpose, skill.seeded_as or skill.name, split, str(index)))
         problem = draw(skill, rng, split)
         yield Item(
             id=f"{skill.name}-{split}-{seed}-{index}",
@@ -101,6 +108,7 @@ def stream(skill: Skill, split: str, seed: int = 0, purpose: str = "items") -> I
             gold=problem.gold,
             check=problem.check,
             meta={**problem.meta, "content": problem.content},
+            columns=problem.columns if skill.first_id is None else {**problem.columns, "task_id": skill.first_id[split] + index},
         )
         index += 1
 

@@ -39,7 +39,8 @@ class Drug:
     facts: dict[str, str]
 
 
-def _drug_names(rng: Random, count: int) -> list[str]:
+def drug_names(rng: Random, count: int) -> list[str]:
+    """`count` distinct names that sound like drugs."""
     starts, ends = "ba co di fe gu la mi no pa ru sa to ve zu ki".split(), "lan mol nex pril rin sol tan vir zac".split()
     middles = "do la mi ne ro si ta vu".split()
     names = sorted(a + b + c for a in starts for b in middles for c in ends)
@@ -51,7 +52,7 @@ def drugs() -> tuple[Drug, ...]:
     """All drugs, common ones first."""
     rng = Random(SEED)
     tiers = [tier for tier, count in TIERS.items() for _ in range(count)]
-    names = _drug_names(rng, len(tiers))
+    names = drug_names(rng, len(tiers))
     return tuple(
         Drug(name, tier, {relation: rng.choice(values) for relation, values in RELATIONS.items()})
         for name, tier in zip(names, tiers, strict=True)

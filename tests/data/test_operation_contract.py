@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "order": [{"shuffle": True}, {"by": "score"}, {"by": "score", "cuts": [0.5], "shuffle": True}, {"phases": ["source == a"]}],
     "overlap": [{"against": ["pool.jsonl"]}, {"against": ["pool.jsonl"], "on_hit": "drop", "n": 2}],
     "sample": [{"n": 10}, {"fraction": 0.5}],
+    "score": [{"scorer": {"method": "column", "column": "score"}, "to": "d"}, {"scorer": {"method": "length", "of": "row"}}],
     "select": [
         {"by": "score", "top": 5, "per": "source"},
         {"prefix": 0.5, "per": "source", "shuffled": True},

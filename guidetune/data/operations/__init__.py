@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +32,7 @@ class OperationContext:
 
     `seed` of the run; `drop(record, reason, why)` for the ledger; `scratch`, a folder for temporary files; `root`, where relative
     paths start; `chat`, the chat format that rows will be encoded with, and `max_length` tokens; `note(name=value)` for figures in
-    the ledger; `outputs`, the folder of the finished rows, for files that stay beside them.
+    the ledger; `outputs`, the folder of the finished rows, for files that stay beside them; `models`, what `base` and `instruct` stand for.
     """
 
     seed: int
@@ -44,6 +44,7 @@ class OperationContext:
     note: Callable[..., None] = _no_note
     copied: Callable[[Record], None] = _no_copy
     outputs: Path | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def copy(self, record: Record, name: str, **changes: Any) -> Record:
         """One more row made from `record`, with the id `<id>~<name>`; the ledger counts it as made, and knows the row it is of."""
@@ -82,6 +83,10 @@ class Operation(Method):
     def digests(self, root: Path) -> list[str]:
         """Fingerprints of what it reads besides the rows."""
         return [digest(spec, root) for spec in self.sources()]
+
+    def models(self) -> tuple[str, ...]:
+        """Models that it runs: `base`, `instruct`, or a model's own name. The rows are made again when one of them changes."""
+        return ()
 
     def apply(self, rows: Rows, context: OperationContext) -> Iterator[Record]:
         """The records to go on with."""

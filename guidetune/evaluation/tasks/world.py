@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from guidetune.errors import BadInput
 from guidetune.evaluation.task import Item, Output, Task, TaskContext, ask, column, read_rows
 from guidetune.registry import method
 
@@ -24,6 +25,11 @@ class World(Task):
     n: PositiveInt | None = Field(None, description="Items drawn (default: the set's usual number).")
     seed: NonNegativeInt = Field(0, description="Seed of the draw.")
 
+    @property
+    def runs_code(self) -> bool:  # type: ignore[override]
+        """Whether answers are programs; of a file nobody knows before it is read, so `items` refuses those."""
+        return self.set in ("programs", "completions")
+
     @model_validator(mode="after")
     def _one_origin(self) -> World:
         if (self.set is None) == (self.path is None):
@@ -40,6 +46,8 @@ class World(Task):
             from guidetune.data.sources import SourceSpec
 
             rows = [row for _, row in read_rows(SourceSpec(path=self.path, limit=self.n), ctx)]
+            if any(row.get("check") == "program" for row in rows):
+                raise BadInput(f"task {self.label or self.name}: {self.path} asks for programs; read it with the task mbpp or humaneval")
         else:
             rows = [world.row(item) for item in world.items(str(self.set), self.split, self.n, self.seed)]
         return [
