@@ -47,7 +47,6 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "split": [{"sizes": {"test": 0.3, "train": "rest"}}, {"sizes": {"test": 2, "train": "rest"}, "per": "source", "shuffled": True}],
     "template": [{"templates": _TEMPLATES}, {"templates": _TEMPLATES, "choose": "all", "cap": 7}],
 }  # fmt: skip
-_NOT_HERE: set[str] = set()  # operations with an example on another page
 CASES = [(name, options) for name in EVERY for options in SETTINGS.get(name, [{}])]
 
 
@@ -290,4 +289,4 @@ def test_the_examples_of_the_docs_can_be_written_so() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?m)^    - (?:\{method: .*|method: .*(?:\n      .*)*)", text)
     built = [registry.build("operation", spec) for block in blocks for spec in yaml.load(block, recipe._Loader)]
-    assert {step.name for step in built} == set(EVERY) - _NOT_HERE
+    assert {step.name for step in built} == set(EVERY)
