@@ -264,6 +264,7 @@ def test_a_row_of_ten_megabytes_is_cut_or_dropped(place: Path) -> None:
     steps = [{"method": "deduplicate", "near": {}}, "mix"]
     done = prepare([file], steps, chat_of("chatml"), PrepareSettings(max_length=256, over_length="drop"), place / "out", place)
     assert done.result["dropped"] == {"longer than max_length": 1} and done.result["used"] == 1
+    file = lines(place, "x.jsonl", [{"prompt": "some words " * 50_000, "completion": "a"}, {"prompt": "q", "completion": "a"}])
     done = prepare([file], steps, chat_of("chatml"), PrepareSettings(max_length=256), place / "out", place)
     assert done.result["used"] == 2 and done.result["cut"] == 1 and EncodedRows.open(done.path).lengths.max() == 256
 
