@@ -380,6 +380,8 @@ def _operate(
         if spent and not spent.isdisjoint(record.fields):
             record = replace(record, fields={name: value for name, value in record.fields.items() if name not in spent})
         yield record
+    if isinstance(rows, _Once):
+        rows.exhaust()  # rows that it did not ask for are not accounted for
     out = sum(dropped.values())
     if kept + out != rows.count + made:
         raise RunFailed(
@@ -411,7 +413,8 @@ class _Once:
     """Records that are gone through once, counted as they pass."""
 
     def __init__(self, stream: Iterable[Record]) -> None:
-        self._stream: Iterable[Record] | None = stream
+        self._stream: Iterator[Record] | None = iter(stream)
+        self._rest = self._stream
         self.count = 0
         self.first: dict[str, Record] = {}
 
@@ -424,6 +427,10 @@ class _Once:
             if self.count <= _REMEMBERED:
                 self.first[record.id] = record
             yield record
+
+    def exhaust(self) -> None:
+        """Count what was not gone through."""
+        self.count += sum(1 for _ in self._rest)
 
 
 class _Spool:

@@ -27,6 +27,8 @@ from guidetune.errors import BadInput
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "dataset"]
 LossOn = Literal["target", "assistant", "all"]
 MAP_KEYS = ("user", "assistant", "system", "messages", "id")
+RESERVED = ("id", "source", "line", "weight", "phase", "origin", "user", "assistant", "system", "tool")
+"""Names that every row has: no column or tag can be called so."""
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -94,6 +96,15 @@ class SourceSpec(BaseModel):
         if "assistant" in value and "user" not in value:
             raise ValueError("map gives assistant but no user column; add user: <column>")
         return value
+
+    @model_validator(mode="after")
+    def _own_names(self) -> SourceSpec:
+        for name in [*self.columns, *self.tags]:
+            if name in RESERVED or not name or "." in name or "[" in name:
+                raise ValueError(f"a column or tag cannot be called {name!r}")
+        if both := sorted(set(self.columns) & set(self.tags)):
+            raise ValueError(f"{both[0]!r} is both a column and a tag; keep one")
+        return self
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from guidetune.data.prepare import COLUMNS, PrepareSettings, prepare, read_recor
 from guidetune.data.records import Record
 from guidetune.data.rows import EncodedRows
 from guidetune.data.side import SideTable, SideWriter
-from guidetune.errors import BadInput
+from guidetune.errors import BadInput, RunFailed
 from tests.data.chats import chat_of
 from tests.data.operating import conversation, operate
 
@@ -47,7 +47,6 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "split": [{"sizes": {"test": 0.3, "train": "rest"}}, {"sizes": {"test": 2, "train": "rest"}, "per": "source", "shuffled": True}],
     "template": [{"templates": _TEMPLATES}, {"templates": _TEMPLATES, "choose": "all", "cap": 7}],
 }  # fmt: skip
-_NOT_HERE: set[str] = set()  # operations with an example on another page
 CASES = [(name, options) for name in EVERY for options in SETTINGS.get(name, [{}])]
 
 
@@ -265,6 +264,7 @@ def test_a_row_of_ten_megabytes_is_cut_or_dropped(place: Path) -> None:
     steps = [{"method": "deduplicate", "near": {}}, "mix"]
     done = prepare([file], steps, chat_of("chatml"), PrepareSettings(max_length=256, over_length="drop"), place / "out", place)
     assert done.result["dropped"] == {"longer than max_length": 1} and done.result["used"] == 1
+    file = lines(place, "x.jsonl", [{"prompt": "some words " * 50_000, "completion": "a"}, {"prompt": "q", "completion": "a"}])
     done = prepare([file], steps, chat_of("chatml"), PrepareSettings(max_length=256), place / "out", place)
     assert done.result["used"] == 2 and done.result["cut"] == 1 and EncodedRows.open(done.path).lengths.max() == 256
 
@@ -290,4 +290,36 @@ def test_the_examples_of_the_docs_can_be_written_so() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?m)^    - (?:\{method: .*|method: .*(?:\n      .*)*)", text)
     built = [registry.build("operation", spec) for block in blocks for spec in yaml.load(block, recipe._Loader)]
-    assert {step.name for step in built} == set(EVERY) - _NOT_HERE
+    assert {step.name for step in built} == set(EVERY)
+
+
+CARELESS = """
+from itertools import islice
+from guidetune.data.operations import Operation
+from guidetune.registry import method
+
+
+@method(kind="operation", name="careless", summary="Loses rows.")
+class Careless(Operation):
+    streams = {streams}
+
+    def apply(self, rows, context):
+        {body}
+"""
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "body", ["yield from islice(rows, 3)", "yield from [*rows] * 2", "yield from [r for r in rows if r.line]", "yield from ()"]
+)
+def test_an_operation_that_loses_or_invents_rows_is_found_out(place: Path, body: str, streams: bool) -> None:
+    (place / "own.py").write_text(CARELESS.format(body=body, streams=streams))
+    with pytest.raises(RunFailed, match="it must account for all"):
+        operate(str(place / "own.py"), rows(), place)
+
+
+def test_an_own_operation_may_make_rows_and_give_scores(place: Path) -> None:
+    body = "\n        ".join(["for record in rows:", "    yield record", "    yield context.copy(record, 'again', phase=1)"])
+    (place / "own.py").write_text(CARELESS.format(body=body, streams=True))
+    done = operate(str(place / "own.py"), rows(), place)
+    assert done.made == 40 and [r.phase for r in done.records] == [0, 1] * 40 and done.records[1].id == "a0~again"

@@ -113,19 +113,14 @@ def test_any_template_says_what_its_columns_say(
     text = "".join(f"{literal}{{{name}}}" for literal, name in parts) + end
     expected = "".join(literal + known[name] for literal, name in parts) + end
     step = {"method": "template", "templates": {"t": {"user": text, "assistant": "ok"}}, "strip": False}
-    done = operate(
-        step, [row("r", a=a, b=b, c=[c0, {"d": d}])], tmp_path_factory.getbasetemp() / "any" if _made(tmp_path_factory) else Path()
-    )
+    place = tmp_path_factory.getbasetemp() / "any"
+    place.mkdir(exist_ok=True)
+    done = operate(step, [row("r", a=a, b=b, c=[c0, {"d": d}])], place)
     if expected.strip() and all(known[name].strip() for _, name in parts):
         assert done.records[0].messages[0]["content"] == expected
     else:
         assert done.dropped == {"no template fits": 1}
     assert "".join(lit + (f"{{{name}}}" if name else "") for lit, name in slots(text)) == text
-
-
-def _made(factory: pytest.TempPathFactory) -> bool:
-    (factory.getbasetemp() / "any").mkdir(exist_ok=True)
-    return True
 
 
 @pytest.mark.parametrize("text", ["{", "}", "{}", "{a!r}", "{a:>3}"])
@@ -513,3 +508,11 @@ def test_minhash_estimates_the_share_in_common() -> None:
         assert count * places <= 128 and 1 - (1 - threshold**places) ** count >= 0.95
     assert len(ngrams("a b c d e f", 5)) == 2 and len(ngrams("a b", 5)) == 1 and not set(ngrams("a b", 5)) & set(ngrams("a b c d e", 5))
     assert len(words("東京 is big")) == 4
+
+
+def test_a_pool_that_shows_nothing_says_why(tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text('{"es": "a", "en": "b"}\n')
+    with pytest.raises(BadInput, match=r"the pool pool.jsonl has no conversation .*1 wrong columns\); give it a map"):
+        operate({"method": "demonstrate", "pool": "pool.jsonl"}, [conversation("a")], tmp_path)
+    with pytest.raises(BadInput, match="to show or compare .empty"):
+        operate("demonstrate", [], tmp_path)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -271,3 +272,17 @@ def test_reading_is_streamed(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 40_000 and peak < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"columns": {"id": "key"}}, "cannot be called 'id'"),
+        ({"tags": {"phase": 1}}, "cannot be called 'phase'"),
+        ({"tags": {"a.b": 1}}, "cannot be called 'a.b'"),
+        ({"columns": {"x": "a"}, "tags": {"x": "b"}}, "'x' is both a column and a tag"),
+    ],
+)
+def test_names_that_columns_and_tags_cannot_have(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceSpec(path="x.jsonl", **more)

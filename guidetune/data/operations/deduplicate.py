@@ -41,8 +41,7 @@ class Deduplicate(Operation):
         "conversation", description="What must be equal: the whole conversation, or all of it before the last answer."
     )
 
-    chooses = True
-    streams = True
+    chooses = True  # not streams: the table of ids is given back before this one grows
 
     near: Near | None = Field(
         None, description="Near-duplicates too: {n: words in an n-gram, threshold: least share of n-grams in common}."

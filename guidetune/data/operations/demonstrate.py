@@ -156,7 +156,10 @@ class Demonstrate(Operation):
         if bad:
             context.note(pool_rows_left_out=dict(bad))
         if not ids:
-            raise BadInput(f"demonstrate: the pool {self.pool.path if self.pool else 'of rows'} has no conversations with {self.on!r} text")
+            where = f"the pool {self.pool.path} has" if self.pool else "the rows have"
+            why = "; ".join(f"{n} {reason}" for reason, n in bad.items())
+            hint = "; give it a map: {user: …, assistant: …}" if self.pool and not self.pool.map else ""
+            raise BadInput(f"demonstrate: {where} no conversation with {self.on!r} text to show or compare ({why or 'empty'}){hint}")
         group_of = np.frombuffer(groups, np.int32).copy()
         members = {name: np.flatnonzero(group_of == k) for name, k in names.items()}
         fixed = {}
