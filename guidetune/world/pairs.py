@@ -78,13 +78,14 @@ PAIRS = {
             start="base",
             overrides={
                 "row_tokens": 256,
-                "pretrain_rows": 9_000,
+                "pretrain_rows": 6_000,
                 "pretrain_epochs": 1,
                 "pretrain_batch": 8,
                 "pretrain_lr": 1e-3,
-                "instruct_rows": 12_000,
+                "instruct_rows": 9_000,
                 "stored": "bfloat16",
-                "target_items": 150,
+                "test_items": 40,
+                "target_items": 100,
             },
         ),
     )
