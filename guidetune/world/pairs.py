@@ -84,8 +84,9 @@ PAIRS = {
                 "pretrain_lr": 1e-3,
                 "instruct_rows": 9_000,
                 "stored": "bfloat16",
-                "test_items": 40,
-                "target_items": 100,
+                "test_items": 20,
+                "target_items": 60,
+                "longest_answer": 80,
             },
         ),
     )
