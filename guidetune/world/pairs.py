@@ -78,11 +78,11 @@ PAIRS = {
             start="base",
             overrides={
                 "row_tokens": 256,
-                "pretrain_rows": 6_000,
+                "pretrain_rows": 16_000,
                 "pretrain_epochs": 1,
                 "pretrain_batch": 8,
                 "pretrain_lr": 1e-3,
-                "instruct_rows": 9_000,
+                "instruct_rows": 20_000,
                 "stored": "bfloat16",
                 "test_items": 20,
                 "target_items": 60,
