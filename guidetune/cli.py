@@ -797,7 +797,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, a kind, o
 @world_app.command("export")
 @verb
 def world_export(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.", show_default=False)]) -> None:
-    """Write base/ and instruct/ as ordinary model folders, and the task files."""
+    """Write base/, instruct/ and the other pairs' models as ordinary model folders, and the task files."""
     from guidetune import world
 
     for name, path in world.export(folder).items():
@@ -806,13 +806,15 @@ def world_export(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Fol
 
 @world_app.command("describe")
 @verb
-def world_describe() -> None:
-    """What the world holds: its tasks, and what the pair scores on them."""
+def world_describe(
+    pair: Annotated[str, typer.Option("--pair", metavar="NAME", help="Whose scores: general or data.")] = "general",
+) -> None:
+    """What the world holds: its tasks, and what a pair scores on them."""
     import json
 
     from guidetune import world
 
-    described = world.describe()
+    described = world.describe(pair)
     from rich.table import Table
 
     table = Table("set", "category", "definition", box=None, pad_edge=False, header_style="bold")
@@ -827,11 +829,12 @@ def world_describe() -> None:
 @verb
 def world_build(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: the package's own weights.")] = None,
+    pair: Annotated[str, typer.Option("--pair", metavar="NAME", help="Which pair: general or data.")] = "general",
 ) -> None:
-    """Make the pair again from its seed (takes long)."""
+    """Make a pair again from its seed (takes long)."""
     from guidetune import world
 
-    world.build(out)
+    world.build(out, name=pair)
     from guidetune.world.export import WEIGHTS
 
     print(f"world: {out or WEIGHTS}")

@@ -102,11 +102,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _world_path(text: str) -> Path:
     from guidetune import world
+    from guidetune.world.pairs import MODELS
 
     name = text.removeprefix("world:")
-    if name not in ("base", "instruct"):
-        near = difflib.get_close_matches(name, ["base", "instruct"], n=1, cutoff=0.4)
-        hint = f"; did you mean world:{near[0]}?" if near else "; the embedded models are world:base and world:instruct"
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
+        hint = f"; did you mean world:{near[0]}?" if near else f"; the embedded models are {', '.join(f'world:{one}' for one in MODELS)}"
         raise BadInput(f"no embedded model {text!r}{hint}")
     return Path(world.path(name))
 

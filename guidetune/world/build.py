@@ -1,6 +1,8 @@
-"""`guidetune world build`: the shipped pair, made again from the seed in six resumable stages.
+"""`guidetune world build`: a shipped pair, made again from the seed in resumable stages.
 
-    tokenizer -> corpus rows -> pre-training -> instruct rows -> instruct tuning -> skill table
+    tokenizer -> copying -> corpus rows -> pre-training -> instruct rows -> instruct tuning -> skill table
+
+A pair that goes on from another one's base model has a copy of that model in the place of the first two.
 
 Every stage is an artefact folder; started again, a killed build goes on from its last checkpoint. Both
 training stages run through `guidetune.engine.fit` with full fine-tuning.
@@ -10,18 +12,19 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from guidetune.artefacts import StageResult, derive_seed, stage, write_json
 from guidetune.progress import progress, say
 from guidetune.world import tokenizer as tokenizers
-from guidetune.world.corpus import BY_NAME, documents, flat, is_chat, refrain
+from guidetune.world.corpus import Document, flat, is_chat, refrain
 from guidetune.world.export import WEIGHTS
-from guidetune.world.instruct_set import conversations
+from guidetune.world.export import path as shipped
+from guidetune.world.pairs import Pair, pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -61,16 +64,23 @@ class BuildSettings(BaseModel):
     test_items: int = Field(100, ge=1, description="Test items per general skill in the skill table.")
     target_items: int = Field(300, ge=1, description="Test items per target task in the skill table.")
     longest_answer: int = Field(110, ge=1, description="Tokens after which an answer of the skill table is cut.")
+    stored: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the weight files.")
 
 
-def build(out: str | Path | None = None, settings: BuildSettings | None = None) -> dict[str, Any]:
-    """Make the pair in `out/base` and `out/instruct`, with `out/report.json`; returns the report.
+def build(out: str | Path | None = None, settings: BuildSettings | None = None, name: str = "general") -> dict[str, Any]:
+    """Make the pair of that name in `out/base` and `out/instruct` (its models' names), with a report; returns the report.
 
     Without `out` the package's own weights are replaced. A stage that is already there is reused; the stage folders stay in
     `out/stages` (without `out`: in `world-stages` of the current folder).
+
+    Raises:
+        BadInput: there is no pair of that name.
     """
-    settings = settings or BuildSettings()
+    made = pair(name)
+    settings = settings or made.settings()
     stages = Path("world-stages") if out is None else Path(out) / "stages"
+    if made.start is not None:
+        stages = stages / made.name
     out = WEIGHTS if out is None else Path(out)
 
     def run(name: str, fields: tuple[str, ...], before: list[StageResult], make: Any) -> StageResult:
@@ -85,34 +95,30 @@ def build(out: str | Path | None = None, settings: BuildSettings | None = None) 
         say(f"{name}: {'found, made' if result.reused else 'made'} in {result.seconds:.0f} s; {facts}".rstrip("; "))
         return result
 
-    model_fields = ("hidden", "layers", "heads", "intermediate", "initializer_range")
-    words = run("tokenizer", ("vocabulary", "tokenizer_documents"), [], lambda work: _tokenizer(work, settings))
-    corpus = run("corpus", ("row_tokens", "noise_weight", "pretrain_rows"), [words], lambda work: _corpus(work, settings, words.path))
-    refrains = run("refrains", ("copy_tokens", "copy_rows"), [words], lambda work: _refrains(work, settings, words.path))
-    copying = run(
-        "copying",
-        (*model_fields, "copy_batch", "copy_lr"),
-        [words, refrains],
-        lambda work: _copying(work, settings, words.path, refrains.path),
-    )
+    begun = _from_nothing(settings, made, run) if made.start is None else _from_start(made.start, run)
+    words = begun[0]  # has the tokenizer; the last one of `begun` has the model that pre-training goes on from
+    corpus = run("corpus", ("row_tokens", "noise_weight", "pretrain_rows"), [words], lambda work: _corpus(work, settings, made, words.path))
     base = run(
         "base",
-        ("pretrain_epochs", "pretrain_batch", "pretrain_lr"),
-        [copying, corpus],
-        lambda work: _pretrain(work, settings, copying.path, corpus.path),
+        ("pretrain_epochs", "pretrain_batch", "pretrain_lr", "stored"),
+        [begun[-1], corpus],
+        lambda work: _pretrain(work, settings, begun[-1].path, corpus.path),
     )
-    lessons = run("lessons", ("instruct_rows",), [words], lambda work: _lessons(work, settings, words.path))
+    lessons = run("lessons", ("instruct_rows",), [words], lambda work: _lessons(work, settings, made, words.path))
     instruct = run(
-        "instruct", ("instruct_batch", "instruct_lr"), [base, lessons], lambda work: _instruct(work, settings, base.path, lessons.path)
+        "instruct",
+        ("instruct_batch", "instruct_lr", "stored"),
+        [base, lessons],
+        lambda work: _instruct(work, settings, base.path, lessons.path),
     )
     table = run(
         "table",
         ("test_items", "target_items", "longest_answer"),
         [base, instruct],
-        lambda work: _table(settings, {"base": base.path, "instruct": instruct.path}),
+        lambda work: _table(settings, made, {made.base: base.path, made.instruct: instruct.path}),
     )
-    for name, result in (("base", base), ("instruct", instruct)):
-        _publish_model(result.path, out / name)
+    for model, result in ((made.base, base), (made.instruct, instruct)):
+        _publish_model(result.path, out / model)
     report = {
         "version": VERSION,
         "settings": settings.model_dump(),
@@ -120,26 +126,59 @@ def build(out: str | Path | None = None, settings: BuildSettings | None = None) 
         "corpus_tokens": base.result["tokens"],
         "instruct_tokens": instruct.result["tokens"],
         "relative_distance": instruct.result["relative_distance"],
-        "seconds": {result.path.name: result.seconds for result in (words, corpus, refrains, copying, base, lessons, instruct, table)},
+        "seconds": {result.path.name: result.seconds for result in (*begun, corpus, base, lessons, instruct, table)},
         "skills": table.result,
     }
-    write_json(out / "report.json", report)
+    write_json(out / made.report, report)
     return report
 
 
-def _tokenizer(work: Path, settings: BuildSettings) -> dict[str, Any]:
-    texts = (flat(document) for document in itertools.islice(documents(settings.seed), settings.tokenizer_documents))
+Run = Callable[[str, tuple[str, ...], list[StageResult], Callable[[Path], dict[str, Any]]], StageResult]
+
+
+def _from_nothing(settings: BuildSettings, made: Pair, run: Run) -> list[StageResult]:
+    """Tokenizer, copying rows, and an untrained model that has learned to copy."""
+    model_fields = ("hidden", "layers", "heads", "intermediate", "initializer_range")
+    words = run("tokenizer", ("vocabulary", "tokenizer_documents"), [], lambda work: _tokenizer(work, settings, made))
+    refrains = run("refrains", ("copy_tokens", "copy_rows"), [words], lambda work: _refrains(work, settings, words.path))
+    copying = run(
+        "copying",
+        (*model_fields, "copy_batch", "copy_lr"),
+        [words, refrains],
+        lambda work: _copying(work, settings, words.path, refrains.path),
+    )
+    return [words, refrains, copying]
+
+
+def _from_start(start: str, run: Run) -> list[StageResult]:
+    """A copy of a shipped model, tokenizer included; a stage of its own, so that other bytes there make what follows again."""
+    from guidetune.models.fingerprints import fingerprint
+
+    folder = shipped(start)
+    return [run(f"start-{fingerprint(str(folder))[:12]}", (), [], lambda work: _copy(folder, work))]
+
+
+def _copy(folder: Path, work: Path) -> dict[str, Any]:
+    shutil.copytree(folder, work, dirs_exist_ok=True)
+    return {}
+
+
+def _tokenizer(work: Path, settings: BuildSettings, made: Pair) -> dict[str, Any]:
+    texts = (flat(document) for document in itertools.islice(made.documents(settings.seed), settings.tokenizer_documents))
     tokenizer = tokenizers.train(texts, settings.vocabulary)
     tokenizer.save_pretrained(work)
     return {"entries": len(tokenizer)}
 
 
-def packed(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[float]]]:
-    """Endless rows of `row_tokens` ids and their loss weights: documents one after another, each closed by the end-of-document token."""
+def packed(
+    stream: Iterator[Document], settings: BuildSettings, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Rows of `row_tokens` ids and their loss weights: documents one after another, each closed by the end-of-document token."""
     from guidetune.data.chat import Chat
 
     chat = Chat(tokenizer)
-    stream, ids, weights = documents(settings.seed), [], []
+    ids: list[int] = []
+    weights: list[float] = []
     while True:
         batch = list(itertools.islice(stream, 2000))
         encoded = iter(chat.encode_many([document for document in batch if is_chat(document)]))
@@ -160,10 +199,10 @@ def packed(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> Itera
         ids, weights = ids[full:], weights[full:]
 
 
-def _corpus(work: Path, settings: BuildSettings, words: Path) -> dict[str, Any]:
+def _corpus(work: Path, settings: BuildSettings, made: Pair, words: Path) -> dict[str, Any]:
     from guidetune.data.rows import RowWriter
 
-    rows = itertools.islice(packed(settings, tokenizers.load(words)), settings.pretrain_rows)
+    rows = itertools.islice(packed(made.documents(settings.seed), settings, tokenizers.load(words)), settings.pretrain_rows)
     with RowWriter(work / "rows.arrow") as writer, progress("corpus", settings.pretrain_rows, "rows") as bar:
         for index, (ids, weights) in enumerate(rows):
             writer.write(f"corpus-{index}", "corpus", ids, weights)
@@ -188,12 +227,12 @@ def _refrains(work: Path, settings: BuildSettings, words: Path) -> dict[str, Any
     return {"rows": settings.copy_rows}
 
 
-def _lessons(work: Path, settings: BuildSettings, words: Path) -> dict[str, Any]:
+def _lessons(work: Path, settings: BuildSettings, made: Pair, words: Path) -> dict[str, Any]:
     from guidetune.data.chat import Chat
     from guidetune.data.rows import RowWriter
 
     chat = Chat(tokenizers.load(words))
-    rows = list(itertools.islice(conversations(settings.seed), settings.instruct_rows))
+    rows = list(itertools.islice(made.conversations(settings.seed), settings.instruct_rows))
     tokens = 0
     with RowWriter(work / "rows.arrow") as writer:
         for index, encoded in enumerate(chat.encode_many(rows)):
@@ -261,12 +300,12 @@ def _copying(work: Path, settings: BuildSettings, words: Path, refrains: Path) -
 def _pretrain(work: Path, settings: BuildSettings, copying: Path, corpus: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(copying)
+    model = LlamaForCausalLM.from_pretrained(copying, dtype="float32")
     facts = _fit(
         model, corpus, work, "pre-train", lr=settings.pretrain_lr, epochs=settings.pretrain_epochs, batch=settings.pretrain_batch,
         schedule="cosine", warmup=0.04, weight_decay=0.05, betas=(0.9, 0.95), seed=settings.seed,
     )  # fmt: skip
-    _save(model, tokenizers.load(copying), work)
+    _save(model, tokenizers.load(copying), work, settings.stored)
     return {**facts, "parameters": model.num_parameters()}
 
 
@@ -274,12 +313,12 @@ def _instruct(work: Path, settings: BuildSettings, base: Path, lessons: Path) ->
     from transformers import LlamaForCausalLM
 
     tokenizer = tokenizers.load(base)
-    model = LlamaForCausalLM.from_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base, dtype="float32")
     facts = _fit(
         model, lessons, work, "instruct", lr=settings.instruct_lr, batch=settings.instruct_batch, schedule="linear", warmup=0.1,
         betas=(0.9, 0.95), seed=settings.seed,
     )  # fmt: skip
-    _save(model, tokenizer, work)
+    _save(model, tokenizer, work, settings.stored)
     return {**facts, "relative_distance": round(relative_distance(LlamaForCausalLM.from_pretrained(base), model), 4)}
 
 
@@ -292,21 +331,23 @@ def relative_distance(base: PreTrainedModel, instruct: PreTrainedModel) -> float
     return apart / size
 
 
-def _table(settings: BuildSettings, models: dict[str, Path]) -> dict[str, Any]:
+def _table(settings: BuildSettings, made: Pair, models: dict[str, Path]) -> dict[str, Any]:
+    """Every skill of both models. Programs that they write are run in the sandbox of `guidetune.evaluation`."""
     from transformers import LlamaForCausalLM
 
     from guidetune.world.measure import measure
-    from guidetune.world.targets import TARGETS
 
-    sets = {**dict.fromkeys(BY_NAME, settings.test_items), **{skill.name: settings.target_items for skill in TARGETS}}
+    sets = {**dict.fromkeys(made.general, settings.test_items), **dict.fromkeys(made.special, settings.target_items)}
     return {
         name: measure(LlamaForCausalLM.from_pretrained(folder), tokenizers.load(folder), sets, longest=settings.longest_answer)
         for name, folder in models.items()
     }
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.eval()
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, stored: str = "float32") -> None:
+    import torch
+
+    model.eval().to(getattr(torch, stored))
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(folder)
 

@@ -13,10 +13,10 @@ from guidetune.errors import BadInput
 from guidetune.world.corpus import BY_NAME
 from guidetune.world.generators import graded, languages, passages, programs, tasks
 from guidetune.world.items import Item, Skill, distinct
+from guidetune.world.pairs import MODELS, pair
 from guidetune.world.targets import ROWS, TARGETS
 
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = ("base", "instruct")
 GENERAL_ROWS = {"train": 2000, "test": 480}
 SKILL_ROWS = {"train": 500, "test": 100}
 DATA_SIDE = (languages, passages, graded, tasks, programs)
@@ -32,12 +32,12 @@ USUAL_ROWS = {"general": GENERAL_ROWS} | ROWS | {name: rows for module in DATA_S
 
 
 def path(name: str) -> Path:
-    """The folder of the shipped `base` or `instruct` model."""
+    """The folder of a shipped model, such as `base` or `instruct`."""
     if name not in MODELS:
-        raise BadInput(f"the embedded world has no model {name!r}; it has {' and '.join(MODELS)}")
+        raise BadInput(f"the embedded world has no model {name!r}; it has {', '.join(MODELS)}")
     folder = WEIGHTS / name
     if not (folder / "config.json").exists():
-        raise BadInput(f"{folder} holds no model; run `guidetune world build` to make the pair again")
+        raise BadInput(f"{folder} holds no model; run `guidetune world build --pair NAME` to make its pair again")
     return folder
 
 
@@ -99,8 +99,9 @@ def export(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     written = {}
     for name in MODELS:
-        shutil.copytree(path(name), folder / name, dirs_exist_ok=True)
-        written[name] = folder / name
+        if (WEIGHTS / name).is_dir():  # a pair that is only described is exported once it is built
+            shutil.copytree(path(name), folder / name, dirs_exist_ok=True)
+            written[name] = folder / name
     return written | export_rows(folder) | export_tasks(folder)
 
 
@@ -172,12 +173,15 @@ def rows_file(name: str, split: str = "train") -> Path:
     return file
 
 
-def describe() -> dict[str, object]:
-    """What the world holds: sets with category and definition, and the published report of the shipped pair, if built."""
+def describe(name: str = "general") -> dict[str, object]:
+    """What the world holds: sets with category and definition, and of the pair of that name the published report, if it is built."""
     from guidetune.artefacts import read_json
 
-    report = WEIGHTS / "report.json"
+    report = WEIGHTS / pair(name).report
+    skills, definitions = _skills(), sets()
     return {
-        "sets": {name: {"category": skill.category, "definition": skill.definition} for name, skill in _skills().items()},
+        "sets": {
+            one: {"category": skills[one].category if one in skills else "mixture", "definition": definitions[one]} for one in definitions
+        },
         "report": read_json(report) if report.exists() else None,
     }

@@ -14,10 +14,10 @@ STORY_LENGTHS = {1: 2.0, 2: 4.0, 3: 1.0}
 STORY_SHARE = 0.12
 
 
-def conversations(seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """The endless instruct set; conversation i depends only on (seed, i)."""
+def conversations(seed: int = 0, start: int = 0) -> Iterator[list[dict[str, str]]]:
+    """The endless instruct set from conversation `start` on; conversation i depends only on (seed, i)."""
     names = [name for name in BY_NAME if name != "story"]
-    index = 0
+    index = start
     while True:
         rng = Random(derive_seed(seed, "world", "instruct", index))
         if rng.random() < STORY_SHARE:

@@ -1,7 +1,8 @@
 """Many small tasks with a definition, a category and worked examples, in the format of Super-NaturalInstructions (arXiv 2204.07705).
 
 Every task is a skill of its own (`task001_reverse_words`); `tasks` is the balanced mixture. Inputs that serve as positive or negative
-examples are never instances: a hash of the input decides which it is.
+examples are never instances: a hash of the input decides which it is. As everywhere in the world an answer starts with `=`, so that its
+first word is the token that stands in the input; the column `output` is without it, and neither ROUGE-L nor exact match sees it.
 """
 
 from __future__ import annotations
@@ -331,7 +332,7 @@ def _skill(name: str, task: Task) -> Skill:
             "positive_examples": positive,
             "negative_examples": negative,
         }
-        return Problem(text, ask(task, text), output, output, "exact", 1, {}, columns)
+        return Problem(text, ask(task, text), f"= {output}", output, "exact", 1, {}, columns)
 
     return Skill(name, task.category, task.definition, draw)
 
