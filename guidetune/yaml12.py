@@ -36,6 +36,9 @@ for _name, _pattern, _first in _SCALARS:
     if _name in ("int", "float"):
         Dumper.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
 
+# not of YAML 1.2, but what people write to share options between parts of a file
+Loader.add_implicit_resolver(TAG + "merge", re.compile(r"^<<$"), ["<"])
+
 
 def load(text: str) -> Any:
     """The plain values of a text. Raises yaml.YAMLError."""

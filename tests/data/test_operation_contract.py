@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guidetune import recipe, registry
+from guidetune import registry, yaml12
 from guidetune.data.prepare import COLUMNS, PrepareSettings, prepare, read_records
 from guidetune.data.records import Record
 from guidetune.data.rows import EncodedRows
@@ -289,7 +288,7 @@ def test_what_is_learnt(place: Path) -> None:
 def test_the_examples_of_the_docs_can_be_written_so() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?m)^    - (?:\{method: .*|method: .*(?:\n      .*)*)", text)
-    built = [registry.build("operation", spec) for block in blocks for spec in yaml.load(block, recipe._Loader)]
+    built = [registry.build("operation", spec) for block in blocks for spec in yaml12.load(block)]
     assert {step.name for step in built} == set(EVERY)
 
 

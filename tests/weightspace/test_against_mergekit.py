@@ -62,7 +62,7 @@ def test_weights_by_filter_and_along_the_layers(tuned: tuple[str, list[str]], tm
     [
         ({"merge_method": "passthrough"}, "no equal here"),
         ({"slices": []}, "whole models"),
-        ({"tokenizer_source": "union"}, "tokenizer"),
+        ({"tokenizer_source": "somebody/model"}, "tokenizer"),
         ({"parameters": {"t": 0.5}}, "parameter t of ties has no equal"),
         ({"models": [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b", "parameters": {"density": 0.2}}]}, "density differs"),
         ({"models": []}, "models must be a list"),

@@ -39,10 +39,11 @@ def test_the_first_pairs_corpus_and_sets_are_as_they_were() -> None:
     assert _digest(list(itertools.islice(documents(), 2000))) == "8912a3455e379337"
     assert _digest(list(itertools.islice(conversations(), 2000))) == "bc5b7b68c585c421"
     names = (*BY_NAME, "general", "arithmetic", "knowledge", "knowledge_choice")
-    assert (
-        _digest([world.row(item) for name in names for split in ("train", "test") for item in world.items(name, split, 60)])
-        == "b1b00809d98fd3cd"
-    )
+    rows = [world.row(item) for name in names for split in ("train", "test") for item in world.items(name, split, 60)]
+    for row in rows:
+        if row["category"] == "safety":  # notes on the item that came later
+            del row["meta"]["action"], row["meta"]["rejected"]
+    assert _digest(rows) == "b1b00809d98fd3cd"
 
 
 @settings(max_examples=60, deadline=None)
