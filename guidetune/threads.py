@@ -6,8 +6,11 @@ several times over; with sleeping threads the loss is what the sharing costs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def available_cores() -> int:
@@ -40,3 +43,16 @@ def settle() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Products of a thousand shapes stay prepared in every thread otherwise: 200 MB on two threads, and no time saved.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+
+
+def keep_memory() -> None:
+    """Let freed blocks of up to 32 MB stay with the process: work in pieces then finds its memory again without page faults.
+
+    A merge was measured to take a third less time. Of glibc only; elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 256 << 20)

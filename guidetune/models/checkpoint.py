@@ -103,6 +103,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
+class _Recent(threading.local):
+    key: tuple[Any, ...] | None = None
+    rows: torch.Tensor | None = None
+
+
+_recent = _Recent()
+
+
 @dataclass
 class TensorFiles:
     """Named tensors in a set of safetensors files. Use as a context manager, or call `close`."""
@@ -128,19 +136,27 @@ class TensorFiles:
 
     def pread(self, info: TensorInfo, offset: int, length: int) -> bytearray:
         """`length` bytes of a tensor from byte `offset` of it."""
+        buffer = bytearray(length)
+        self._fill(memoryview(buffer), info, offset)
+        return buffer
+
+    def _fill(self, view: memoryview, info: TensorInfo, offset: int) -> None:
+        """Read into all of `view`, from byte `offset` of a tensor."""
+        handle = self._handle(info)
+        done = 0
+        while done < len(view):
+            got = _read_at(handle, view[done:], info.start + offset + done)
+            if got == 0:
+                raise BadInput(f"{info.file} ended inside tensor {info.name}: it was changed while being read")
+            done += got
+
+    def _handle(self, info: TensorInfo) -> int:
         handle = self._handles.get(info.file)
         if handle is None:
             with self._opening:  # one handle, however many threads come at once
                 if (handle := self._handles.get(info.file)) is None:
                     handle = self._handles[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        buffer = bytearray(length)
-        view, done = memoryview(buffer), 0
-        while done < length:
-            got = _read_at(handle, view[done:], info.start + offset + done)
-            if got == 0:
-                raise BadInput(f"{info.file} ended inside tensor {info.name}: it was changed while being read")
-            done += got
-        return buffer
+        return handle
 
     def raw(self, name: str, piece: int = COPY_BYTES) -> Iterator[bytearray]:
         """The tensor's bytes, in pieces."""
@@ -160,8 +176,23 @@ class TensorFiles:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         if prod(shape) == 0:
             return torch.empty(shape, dtype=dtype)
-        buffer = self.pread(info, start * info.row_bytes, (stop - start) * info.row_bytes)
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        values = torch.empty(prod(shape), dtype=dtype)  # not filled with zeros first, as a bytearray would be
+        self._fill(memoryview(values.view(torch.uint8).numpy()), info, start * info.row_bytes)
+        return values.view(shape)
+
+    def float_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """`rows` in float32 (float64 as it is), not to be changed: the calling thread's last ones are kept.
+
+        A merge asks for the same rows of the base once for every source and once for the sum.
+        """
+        info = self.tensors[name]
+        stat = os.fstat(self._handle(info))
+        key = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size, info.start, start, stop)
+        if _recent.key != key or _recent.rows is None:
+            rows = self.rows(name, start, stop)
+            _recent.rows = rows if info.dtype == "F64" else rows.float()
+            _recent.key = key
+        return _recent.rows
 
 
 class Checkpoint(TensorFiles):

@@ -30,7 +30,7 @@ from guidetune.models.fingerprints import fingerprint
 from guidetune.models.pair import check_pair
 from guidetune.models.sources import ModelSource, resolve
 from guidetune.progress import progress, say
-from guidetune.threads import available_cores
+from guidetune.threads import available_cores, keep_memory
 from guidetune.weightspace.rounding import ROUNDINGS, Rounding, judge, round_to
 from guidetune.weightspace.sources import Delta, Difference, LoraDelta, StoredDelta
 from guidetune.weightspace.stages import ranges
@@ -69,15 +69,12 @@ class Plan:
 
     def compute(self, entry: Entry, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(W, D, T, Y) for rows [start, stop) of a tensor with an update."""
-        stored = self.target.rows(self.stored_from[entry.name], start, stop)
-        exact = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        w = stored.to(exact)
-        d = self.delta.rows(self.update_of[entry.name], start, stop).to(exact)
+        w = self.target.float_rows(self.stored_from[entry.name], start, stop)
+        d = self.delta.rows(self.update_of[entry.name], start, stop).to(w.dtype)
         if self.scale != 1.0:
             d = d * self.scale
-        # Where nothing is added the stored value stays: -0.0 + 0.0 would become 0.0.
         t = w + d
-        if int(torch.count_nonzero(d)) < d.numel():
+        if bool((t == 0).any()):  # where nothing is added the stored value stays: -0.0 + 0.0 would become 0.0
             t = torch.where(d == 0, w, t)
         per_row = t.numel() // max(1, stop - start)
         y = round_to(t, dtype_of(entry), self.rounding, (self.seed, entry.name), start * per_row)
@@ -434,6 +431,7 @@ def _write_weights(plan: Plan, work: Path, shards: list[list[Entry]]) -> dict[st
     rounding: dict[str, Rounding] = {}
     total = sum(entry.nbytes for entry in plan.entries)
     names = shard_names(len(shards))
+    keep_memory()
     plan.delta.begin()
     before = torch.get_num_threads()
     stop = threading.Event()

@@ -71,19 +71,28 @@ class SignElect(Combiner):
 
     def combine(self, taus: list[torch.Tensor], weights: Sequence[float], piece: Piece, view: View, prepared: Any) -> torch.Tensor:
         scaled = [tau * weight for tau, weight in zip(taus, weights, strict=True)]
-        total = weighted_sum(scaled, [1.0] * len(scaled))
-        return agreeing(scaled, weights, total >= 0 if prepared > 0 else total > 0, self.agg == "mean")
+        total = scaled[0]
+        for part in scaled[1:]:
+            total = total + part
+        return agreeing(scaled, weights, elected(total, prepared > 0), self.agg == "mean")
 
 
-def agreeing(scaled: Sequence[torch.Tensor], weights: Sequence[float], up: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Σ of w_i τ_i (`scaled`) over the sources whose sign is + where `up`, − elsewhere; `mean`: divided by the Σ w_i of those."""
-    out = torch.zeros_like(scaled[0])
-    share = torch.zeros_like(out) if mean else None
+def elected(total: torch.Tensor, zero_up: bool) -> torch.Tensor:
+    """The sign of each value, 1.0 or −1.0; of zeros + or −."""
+    one = total.new_ones(())
+    # adding 0.0 makes −0.0 to 0.0
+    return torch.copysign(one, total + 0.0) if zero_up else -torch.copysign(one, 0.0 - total)
+
+
+def agreeing(scaled: Sequence[torch.Tensor], weights: Sequence[float], sign: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Σ of w_i τ_i (`scaled`) over the sources of the elected `sign` (1.0 or −1.0); `mean`: divided by the Σ w_i of those."""
+    out, share = torch.zeros_like(sign), torch.zeros_like(sign) if mean else None
     for part, weight in zip(scaled, weights, strict=True):
-        agree = torch.where(up, part > 0, part < 0)
-        out += part * agree
+        agrees = (part * sign).clamp_min(0.0)  # |w_i τ_i| of those that agree
+        out += agrees
         if share is not None:
-            share.add_(agree, alpha=weight)
+            share.add_(agrees.detach().sign(), alpha=weight)
+    out = out * sign  # masks are learnt through this: nothing that a gradient needs is changed in place
     return out if share is None else out.div_(share.masked_fill_(share.abs() < 1e-8, 1.0))
 
 
@@ -150,8 +159,8 @@ class VarianceSelect(Combiner):
         if kept is not None:
             mask = kept.mask(self._variance(taus), ties[piece.start])
             taus = [tau * mask for tau in taus]
-        up = weighted_sum(taus, [1.0] * len(taus)) >= 0
-        return agreeing([tau * share for tau, share in zip(taus, shares, strict=True)], shares, up, mean=True)
+        sign = elected(weighted_sum(taus, [1.0] * len(taus)), True)
+        return agreeing([tau * share for tau, share in zip(taus, shares, strict=True)], shares, sign, mean=True)
 
 
 @dataclass(frozen=True)

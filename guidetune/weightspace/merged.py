@@ -101,7 +101,7 @@ class Merged(Delta):
             depth.get(name),
             self.seed,
             read,
-            lambda start, stop: self.anchor.rows(place, start, stop).float(),
+            lambda start, stop: self.anchor.float_rows(place, start, stop).float(),
         )
 
     def terms(self, name: str) -> list[tuple[float, Delta]] | None:

@@ -59,10 +59,12 @@ class Rounding:
     yd: float = 0.0
 
     def add(self, w: torch.Tensor, d: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
-        y, w, d, t = (x.flatten() for x in (y.to(t.dtype), w, d, t))
-        moved, error = y - w, y - t
+        error = y.to(t.dtype).flatten()
+        w, d, t = (x.flatten() for x in (w, d, t))
+        moved = error - w
+        error = error - t if y.dtype == t.dtype else error.sub_(t)  # in the same dtype `error` is y itself
         self.values += t.numel()
-        self.unchanged += t.numel() - int(torch.count_nonzero(moved))
+        self.unchanged += int(np.count_nonzero((moved == 0).numpy()))  # of bools numpy counts many times faster
         self.w2 += float(w.dot(w))
         self.d2 += float(d.dot(d))
         self.e2 += float(error.dot(error))

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 BINS = 1 << 16  # exponent and the first 8 bits of the mantissa of |τ|; its last 15 bits are looked at in one bin only
 REST = 15
+INFINITY = 0x7F800000
 
 
 def magnitude_bits(tau: torch.Tensor) -> torch.Tensor:
@@ -71,6 +73,14 @@ class Largest:
             if left > 0:
                 keep |= equal
         return keep
+
+    def kept(self, tau: torch.Tensor, ties_before: int) -> torch.Tensor:
+        """τ where it is one of the k, 0 elsewhere: in one pass, but for the piece in which the ties run out."""
+        left, bits = self.ties - ties_before, self.bits
+        if bits >= INFINITY or 0 < left < tau.numel():
+            return tau * self.mask(tau, ties_before)
+        # with all of this piece's ties the threshold is the next smaller number
+        return F.hardshrink(tau, float(np.int32(bits - (left > 0)).view(np.float32)))
 
     def equal(self, tau: torch.Tensor) -> int:
         return int((magnitude_bits(tau) == self.bits).sum()) if self.ties else 0

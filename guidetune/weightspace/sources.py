@@ -328,7 +328,8 @@ class Difference(Delta):
         if self.vocabulary is not None and name in self.vocabulary.parameters:
             tuned, base = (self.vocabulary.rows(source, name, start, stop) for source in self.sources)
             return tuned - base
-        return self.tuned.rows(self.places[0][name], start, stop).float() - self.base.rows(self.places[1][name], start, stop).float()
+        tuned = self.tuned.rows(self.places[0][name], start, stop).float()
+        return tuned.sub_(self.base.float_rows(self.places[1][name], start, stop).float())
 
     def same(self, a: str, b: str) -> bool:
         if a not in self.shapes or b not in self.shapes:

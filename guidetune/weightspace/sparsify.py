@@ -32,6 +32,12 @@ class _Band:
             keep &= ~self.inner.mask(tau, before[1])
         return keep
 
+    def kept(self, tau: torch.Tensor, key: Any) -> torch.Tensor:
+        """τ where it is kept, 0 elsewhere."""
+        before = self.ties.get(key, (0, 0))
+        kept = self.outer.kept(tau, before[0])
+        return kept if self.inner is None else kept.sub_(self.inner.kept(tau, before[1]))
+
 
 @dataclass(frozen=True)
 class KeepBand(Sparsifier):
@@ -108,7 +114,7 @@ class KeepBand(Sparsifier):
 
     def apply(self, i: int, tau: torch.Tensor, piece: Piece, view: View, prepared: Any) -> torch.Tensor:
         if self.scope != "row":
-            return tau * prepared[i].mask(tau, (view.name, piece.start))
+            return prepared[i].kept(tau, (view.name, piece.start))
         rows = tau.reshape(-1, tau.shape[-1]) if tau.dim() else tau.reshape(1, 1)
         if tau.dim() == 0:
             return tau

@@ -26,7 +26,7 @@ from guidetune import registry
 from guidetune.errors import BadInput
 from guidetune.registry import Method
 
-PIECE_VALUES = 1 << 20  # small enough for the processor's cache
+PIECE_VALUES = 1 << 18  # small enough for the processor's cache, and for the allocator to use the same memory again
 HELD_BYTES = 32 << 20  # updates of a tensor are kept between its passes up to this size, else read again
 
 

@@ -188,6 +188,10 @@ class Extended(Checkpoint):
         found = self.vocabulary.rows(self.source, self._named[name], start, self.tensors[name].rows if stop is None else stop)
         return found.to(stored.rows(name, 0, 0).dtype)
 
+    def float_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        values = self.rows(name, start, stop)  # not those of the file, which may be kept
+        return values if values.dtype == torch.float64 else values.float()
+
     @cached_property
     def _stored(self) -> Checkpoint:
         return Checkpoint(self.folder)
